@@ -1,0 +1,42 @@
+"""Everything that Orograph raises on its own account.
+
+    Exception
+    ├── OrographError
+    │   ├── NotDeterministic     the loss is not one fixed function: data or model change between readings
+    │   ├── NotDifferentiable    no second derivative can be had from this model
+    │   ├── PreflightFailed      the operator disagrees with finite differences
+    │   ├── OutOfBudget          the memory allowed does not suffice
+    │   └── RecordError          a folder of records is damaged or of an unknown schema
+    ├── ValueError, TypeError    bad arguments
+    └── (whatever the user's model or criterion raises passes unchanged, with a note)
+
+`OrographWarning` is the category of every warning.
+"""
+
+
+class OrographError(Exception):
+    """Base of Orograph's own errors."""
+
+
+class NotDeterministic(OrographError):
+    """The loss is not one fixed function of the weights."""
+
+
+class NotDifferentiable(OrographError):
+    """The model has no second derivative that autograd can compute."""
+
+
+class PreflightFailed(OrographError):
+    """The operator disagrees with finite differences of the same loss."""
+
+
+class OutOfBudget(OrographError):
+    """The job needs more memory than it was allowed."""
+
+
+class RecordError(OrographError):
+    """A store of records cannot be read."""
+
+
+class OrographWarning(UserWarning):
+    """Category of Orograph's warnings."""

@@ -1,0 +1,146 @@
+"""A symmetric matrix that is only known by its products, and the space that its vectors live in.
+
+This is the waist of the package: networks and data exist only on the other side of `matmat`, and everything in `linalg` sees
+of an operator no more than `op @ V` and `op.space`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import OrographError, OutOfBudget
+from ..memory import memory_budget
+
+SampleKind = Literal["normal", "rademacher", "sphere"]
+Matmat = Callable[[Tensor], Tensor]  # (n, k) -> (n, k)
+
+CHUNK = 1 << 16  # rows whose dot products are summed in the working precision before float64 takes over
+
+
+@dataclass(frozen=True)
+class Space:
+    """Flat vectors of R^n, cut into named blocks. The only place that reduces over all entries of a vector."""
+
+    blocks: tuple[tuple[str, int], ...]  # (name, entries), in the order of the flat vector
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def size(self) -> int:
+        return sum(entries for _, entries in self.blocks)
+
+    def inner(self, U: Tensor, V: Tensor) -> Tensor:
+        """$U^\\top V$ accumulated in float64: (n,), (n,) -> (); (n, k), (n, m) -> (k, m); mixed shapes drop the missing axis."""
+        left, right = U.reshape(len(U), -1), V.reshape(len(V), -1)
+        total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64, device=left.device)
+        for start in range(0, len(left), CHUNK):
+            total += left[start : start + CHUNK].T @ right[start : start + CHUNK]
+        return total.reshape(U.shape[1:] + V.shape[1:])
+
+    def norm(self, V: Tensor) -> Tensor:
+        """Euclidean norm of each column, accumulated in float64: (n,) -> (); (n, k) -> (k,)."""
+        return torch.linalg.vector_norm(V, dim=0, dtype=torch.float64)  # fp32 norms lose 1e-3 at n = 2e7
+
+    def sample(self, seed: int, index: int, kind: SampleKind) -> Tensor:
+        r"""Random vector number `index` of the stream `seed`: $\mathbb{E}[v v^\top] = I$, the same on any device and process count.
+
+        "normal": N(0, I) · "rademacher": signs · "sphere": uniform on the sphere of radius sqrt(n).
+        """
+        parts = []
+        for name, entries in self.blocks:
+            digest = hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            if kind == "rademacher":
+                part = torch.randint(0, 2, (entries,), generator=generator, dtype=torch.int8).to(self.dtype).mul_(2).sub_(1)
+            else:
+                part = torch.randn(entries, generator=generator, dtype=torch.promote_types(self.dtype, torch.float32))
+            parts.append(part.to(self.dtype))
+        vector = torch.cat(parts).to(self.device)
+        if kind == "sphere":
+            vector *= math.sqrt(self.size) / float(self.norm(vector))
+        return vector
+
+    def samples(self, seed: int, indices: range, kind: SampleKind) -> Tensor:
+        """The samples `indices` as columns (n, len(indices))."""
+        return torch.stack([self.sample(seed, index, kind) for index in indices], dim=1)
+
+
+class LinearOperator:
+    r"""A symmetric, deterministic linear map on flat vectors: `op @ v` (n,) and `op @ V` (n, k).
+
+    `matmat`: (n, k) -> (n, k), must be linear and symmetric, and the same map at every call · `size`: n · `space`: where the
+    vectors live (default: one block) · `memory`: bytes that a basis of vectors may take; default half of what is free.
+    `products` counts operator-vector products spent so far; `about` says where the operator comes from.
+    """
+
+    def __init__(
+        self,
+        matmat: Matmat,
+        size: int,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+        space: Space | None = None,
+        *,
+        memory: int | str | None = None,
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        if size < 1:
+            raise ValueError(f"LinearOperator(size={size}) needs at least one entry.")
+        if not dtype.is_floating_point:
+            raise TypeError(f"LinearOperator(dtype={dtype}) needs a floating-point dtype, such as torch.float64.")
+        self.matmat = matmat
+        self.size = size
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.space = space or Space(blocks=(("", size),), dtype=dtype, device=self.device)
+        self.memory = memory_budget(memory, self.device)
+        self.about: dict[str, Any] = about or {}
+        self.products = 0
+        if self.space.size != size:
+            raise ValueError(f"LinearOperator(size={size}) does not fit its space, which has {self.space.size} entries.")
+
+    @classmethod
+    def from_dense(cls, A: Tensor) -> LinearOperator:
+        """The operator of a dense symmetric matrix (n, n)."""
+        if A.ndim != 2 or A.shape[0] != A.shape[1]:
+            raise ValueError(f"from_dense needs a square matrix, got shape {tuple(A.shape)}.")
+        gap = float((A - A.T).abs().max()) if A.numel() else 0.0
+        if not gap <= 1e3 * torch.finfo(A.dtype).eps * float(A.abs().max()):
+            raise ValueError(f"from_dense needs a symmetric, finite matrix: max |A - A'| is {gap:.3g}. Pass (A + A.T) / 2 if you mean its symmetric part.")
+        return cls(lambda V: A @ V, len(A), A.dtype, A.device, about={"curvature": "dense"})
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        if not isinstance(V, Tensor) or V.ndim not in (1, 2) or V.shape[0] != self.size:
+            shape = tuple(V.shape) if isinstance(V, Tensor) else type(V).__name__
+            raise ValueError(f"op @ V needs a tensor of shape ({self.size},) or ({self.size}, k), got {shape}.")
+        if V.dtype != self.dtype or V.device.type != self.device.type:
+            raise TypeError(f"op @ V needs {self.dtype} on {self.device}, got {V.dtype} on {V.device}. Use V.to(op.device, op.dtype).")
+        columns = V.detach().reshape(self.size, -1)
+        product = self.matmat(columns)
+        self.products += columns.shape[1]
+        if not bool(torch.isfinite(product).all()):
+            where = "the vector holds inf or NaN" if not bool(torch.isfinite(columns).all()) else "the operator overflowed or is undefined at this point"
+            raise OrographError(f"op @ V is not finite: {where}.")
+        return product.reshape(V.shape)
+
+    def dense(self) -> Tensor:
+        """The matrix itself (n, n), column by column: n products."""
+        need = 3 * self.size**2 * torch.finfo(self.dtype).bits // 8
+        if need > self.memory:
+            raise OutOfBudget(
+                f"op.dense() of size {self.size} needs about {need / 2**30:.1f} GiB, the budget is {self.memory / 2**30:.1f} GiB. "
+                f"Use eigenpairs, trace or spectral_density, or give the operator a larger memory=."
+            )
+        identity = torch.eye(self.size, dtype=self.dtype, device=self.device)
+        return torch.cat([self @ columns for columns in identity.split(256, dim=1)], dim=1)
+
+    def __repr__(self) -> str:
+        origin = self.about.get("curvature", "operator")
+        return f"<{origin} {self.size} x {self.size}, {self.dtype}, {self.device}, products={self.products}>"

@@ -1,0 +1,217 @@
+"""The closed set of result kinds: every probe returns these, and one draw function per kind serves them all.
+
+`Estimate` a number (or tensor) with its error · `Eigenpairs` · `Density` of eigenvalues · `Spectrum` all of one operator's
+spectrum · `Curve` y(x) · `Surface` z(x, y) · `Table` rows · `Point` one setting of a network. All are frozen, carry a
+`label` and a `unit`, and hold plain floats and detached tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+Status = Literal["converged", "noise-limited", "budget-limited"]
+STATUS_ORDER: tuple[Status, ...] = ("converged", "noise-limited", "budget-limited")  # best to worst
+
+
+def worst_status(statuses: Sequence[Status]) -> Status:
+    """The status of a whole from the statuses of its parts."""
+    return max(statuses, key=STATUS_ORDER.index, default="converged")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A number, or a tensor of them, with the error that it is known to.
+
+    `value` · `sem`: standard error of the mean (0 for what is computed exactly) · `dof`: degrees of freedom behind `sem` ·
+    `products` spent · `status`.
+    """
+
+    value: float | Tensor
+    sem: float | Tensor = 0.0
+    dof: float = math.inf
+    skew: float = 0.0  # skewness of the estimate's error, which shifts the interval
+    products: int = 0
+    status: Status = "converged"
+    label: str = ""
+    unit: str = ""
+
+    def interval(self, level: float = 0.95) -> tuple[float | Tensor, float | Tensor]:
+        """Lower and upper end of the two-sided interval that contains the true value with probability `level`."""
+        if not 0.0 < level < 1.0:
+            raise ValueError(f"interval(level={level}) needs a probability between 0 and 1, such as 0.95.")
+        reach = float(stats.t.ppf(0.5 + level / 2, self.dof)) if math.isfinite(self.dof) else float(stats.norm.ppf(0.5 + level / 2))
+        return self.value - reach * self.sem, self.value + reach * self.sem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eigenpairs:
+    """Eigenvalues and eigenvectors of a symmetric operator, each with its true residual.
+
+    `values` (k,) · `vectors` (n, k), orthonormal columns · `residuals` (k,): $\\|A v - \\lambda v\\|$, computed with one product
+    per pair after the iteration · `converged` (k,) · `intervals` (k, 2): each contains an eigenvalue of the operator · `missed`:
+    bound on the chance that an eigenvalue farther out than those reported went unseen · `products` · `status` of the worst pair.
+    """
+
+    values: Tensor
+    vectors: Tensor | None
+    residuals: Tensor
+    converged: Tensor
+    intervals: Tensor
+    missed: float
+    products: int
+    status: Status
+    label: str = "eigenvalue"
+    unit: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Density:
+    """Distribution of an operator's eigenvalues: exact atoms plus a quadrature rule for the rest.
+
+    $\\phi(x) = \\frac1n \\sum_a \\delta(x - \\lambda_a) + \\frac1s \\sum_{i,j} w_{ij}\\, \\delta(x - x_{ij})$.
+    `nodes`, `weights` (s, m): one row per sample; each row sums to 1 - len(atoms)/n · `atoms` (a,): eigenvalues with a verified
+    residual, each of weight 1/n · `size`: n · `width`: standard deviation of the Gaussian by which `pdf` draws the rest.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    atoms: Tensor
+    size: int
+    width: float
+    products: int = 0
+    status: Status = "converged"
+    label: str = "spectral density"
+    unit: str = ""
+    xlabel: str = "eigenvalue"
+    ylabel: str = "density"
+
+    def pdf(self, x: Tensor) -> Tensor:
+        """Density at `x`, smoothed by a Gaussian of standard deviation `width`; integrates to 1 with its atoms."""
+        x = torch.as_tensor(x, dtype=torch.float64)
+        centres = torch.cat([self.nodes.double().flatten(), self.atoms.double()])
+        masses = torch.cat([self.weights.double().flatten() / len(self.weights), self._atom_masses()])
+        scaled = (x.reshape(-1, 1) - centres) / self.width
+        heights = torch.exp(-0.5 * scaled**2) / (self.width * math.sqrt(2 * math.pi))
+        return (heights @ masses).reshape(x.shape)
+
+    def cdf(self, x: Tensor) -> Tensor:
+        """Share of eigenvalues <= x, from the nodes as they are (no kernel)."""
+        x = torch.as_tensor(x, dtype=torch.float64)
+        centres = torch.cat([self.nodes.double().flatten(), self.atoms.double()])
+        masses = torch.cat([self.weights.double().flatten() / len(self.weights), self._atom_masses()])
+        return ((centres <= x.reshape(-1, 1)).double() @ masses).reshape(x.shape)
+
+    def mass(self, low: float, high: float) -> Estimate:
+        """Share of eigenvalues in [low, high), with its standard error over the samples."""
+        inside = (self.nodes >= low) & (self.nodes < high)
+        atoms = float(((self.atoms >= low) & (self.atoms < high)).sum()) / self.size
+        shares = (self.weights.double() * inside).sum(dim=1) + atoms
+        count = len(shares)
+        sem = float(shares.std() / math.sqrt(count)) if count > 1 else math.nan
+        return Estimate(value=float(shares.mean()), sem=sem, dof=max(count - 1, 1), label=f"share of eigenvalues in [{low:g}, {high:g})")
+
+    def _atom_masses(self) -> Tensor:
+        return torch.full((len(self.atoms),), 1.0 / self.size, dtype=torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectrum:
+    """What is known of one operator's spectrum: both ends, trace, density, and what follows from them.
+
+    `top`, `bottom`: Eigenpairs · `trace`, `negative_mass`: Estimates · `density` · `condition`: condition numbers by the name
+    of their definition (the plain ratio is undefined for a singular or indefinite operator) · `products` over all.
+    """
+
+    top: Eigenpairs
+    bottom: Eigenpairs
+    trace: Estimate
+    density: Density
+    negative_mass: Estimate
+    condition: Mapping[str, float]
+    products: int
+    status: Status
+    label: str = "spectrum"
+    unit: str = ""
+
+    def effective_dimension(self, z: float) -> float:
+        r"""$\sum_i \lambda_i / (\lambda_i + z)$ over the positive eigenvalues: how many directions are steeper than about `z` > 0."""
+        if z <= 0:
+            raise ValueError(f"effective_dimension(z={z}) needs z > 0: it is the curvature below which a direction counts as flat.")
+        d = self.density
+        share = lambda x: torch.where(x > 0, x / (x + z), torch.zeros_like(x))  # noqa: E731
+        bulk = (d.weights.double() * share(d.nodes.double())).sum() / len(d.weights) * d.size
+        return float(bulk + share(d.atoms.double()).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A quantity along one axis: `x`, `y` (m,), and `error` (m,), the standard error of each `y`, or None."""
+
+    x: Tensor
+    y: Tensor
+    error: Tensor | None = None
+    label: str = ""
+    unit: str = ""
+    xlabel: str = ""
+    ylabel: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surface:
+    """A quantity over a plane: `z[i, j]` at (x[i], y[j]); `error`: of `z`, or None; `evaluations` of the loss spent."""
+
+    x: Tensor
+    y: Tensor
+    z: Tensor
+    error: Tensor | None = None
+    evaluations: int = 0
+    label: str = ""
+    unit: str = ""
+    xlabel: str = ""
+    ylabel: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of named values. `draw` says how a report shows them; `x`, `y` name the columns that a drawing uses."""
+
+    rows: list[dict[str, Any]]
+    x: str = ""
+    y: str = ""
+    draw: Literal["table", "bars", "heat"] = "table"
+    label: str = ""
+    unit: str = ""
+
+    @property
+    def columns(self) -> list[str]:
+        """Column names in order of first appearance."""
+        return list(dict.fromkeys(name for row in self.rows for name in row))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Point:
+    """One setting of a network: everything that its function depends on.
+
+    `theta` (n,): the parameters under study as one flat tensor · `buffers`: running statistics and the like, by name ·
+    `frozen`: the parameters outside the study, by name. A flat tensor alone is not a network: with one BatchNorm network's
+    parameters and another's running statistics, accuracy is lost.
+    """
+
+    theta: Tensor
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
+    label: str = ""
+    unit: str = ""
+
+
+Result = Estimate | Eigenpairs | Density | Spectrum | Curve | Surface | Table | Point
+RESULT_KINDS: dict[str, type] = {
+    kind.__name__: kind for kind in (Estimate, Eigenpairs, Density, Spectrum, Curve, Surface, Table, Point)
+}
