@@ -1,0 +1,119 @@
+"""Checkpoints of long iterations: a dict of tensors and a JSON description of the job, in one safetensors file.
+
+A job killed at any moment finds on disk either the previous complete state or the new one, never half of each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .operator import LinearOperator
+
+State = dict[str, Tensor]
+OVERHEAD = 0.05  # share of the running time that saving may take
+
+
+def job_description(op: LinearOperator, **settings: Any) -> dict[str, Any]:
+    """What must agree for a state to be continued: the operator's size, dtype and origin, and the `settings` given."""
+    about = {key: value for key, value in op.about.items() if _is_json(value)}
+    return {"size": op.size, "dtype": str(op.dtype), "about": about, **settings}
+
+
+def save_checkpoint(path: str | Path, state: Mapping[str, Tensor], job: Mapping[str, Any]) -> None:
+    """Write `state` and `job` to `path` atomically: temporary file in the same folder, fsync, rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    tensors = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in state.items()}  # clone: no shared storage
+    try:
+        save_file(tensors, partial, metadata={"job": json.dumps(job, sort_keys=True)})
+        _flush(partial)
+        os.replace(partial, path)
+        _flush(path.parent)  # the rename itself
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | Path, job: Mapping[str, Any], device: torch.device | str = "cpu") -> State | None:
+    """The state saved at `path`, or None where there is no file. ValueError if it belongs to another job or is damaged."""
+    path = Path(path)
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            saved = json.loads((file.metadata() or {})["job"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, KeyError, OSError) as error:
+        raise ValueError(f"checkpoint={str(path)!r} is no checkpoint of Orograph ({error}). Delete it or give another path.") from error
+    asked = json.loads(json.dumps(job))
+    differing = [key for key in sorted({*saved, *asked}) if saved.get(key) != asked.get(key)]
+    if differing:
+        what = "; ".join(f"{key} is {saved.get(key)!r} there and {asked.get(key)!r} here" for key in differing)
+        raise ValueError(f"checkpoint={str(path)!r} belongs to another job: {what}. Delete it or give another path.")
+    return state
+
+
+@contextmanager
+def checkpointing(
+    path: str | Path | None, job: Mapping[str, Any], device: torch.device | str = "cpu"
+) -> Iterator[tuple[State | None, Callable[[State], None]]]:
+    """Yield the state saved at `path` (or None) and `keep(state)`, to be called with every complete new state.
+
+    `keep` saves when the time since the last save exceeds 1 / OVERHEAD times what a save takes; the last state is saved on
+    leaving, after an exception or KeyboardInterrupt too. States kept must not be changed in place afterwards.
+    """
+    if path is None:
+        yield None, lambda state: None
+        return
+    found = load_checkpoint(path, job, device)
+    unsaved: State | None = None
+    duration, finished = 0.0, -1.0
+
+    def write(state: State) -> None:
+        nonlocal unsaved, duration, finished
+        began = time.monotonic()
+        save_checkpoint(path, state, job)
+        unsaved, finished = None, time.monotonic()
+        duration = finished - began
+
+    def keep(state: State) -> None:
+        nonlocal unsaved
+        unsaved = state
+        if time.monotonic() - finished > duration / OVERHEAD:
+            write(state)
+
+    try:
+        yield found, keep
+    finally:
+        if unsaved is not None:
+            write(unsaved)
+
+
+def _flush(path: Path) -> None:
+    """Force a file or folder to disk; Windows cannot open folders and needs no such step."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -1,0 +1,187 @@
+"""Trace and diagonal of an operator from a few products, each with an interval that holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from ..errors import OutOfBudget
+from ..progress import Progress, progress_bar
+from ..results import Estimate, Status
+from .checkpoints import State, checkpointing, job_description
+from .intervals import Moments
+from .operator import LinearOperator
+from .trace_methods import BATCH, grow, moments, start_state
+
+Method = Literal["auto", "hutchinson", "hutch++", "xtrace"]
+KINDS = ("hutchinson", "hutch++", "xtrace", "exact")  # what a state can be; its index is stored
+FIRST, RATIO = 20, 1.5  # products at which the stopping rule is first looked at, and their growth from look to look
+SKETCH_WORTH = 16  # basis vectors below which a sketch is no use
+
+
+def trace(
+    op: LinearOperator,
+    *,
+    method: Method = "auto",
+    rel_error: float | None = 0.05,
+    max_products: int = 1000,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    progress: Progress = None,
+) -> Estimate:
+    r"""Trace of a symmetric operator, unbiased, with an interval that holds.
+
+    `hutchinson` averages $v^\top A v$ and keeps one vector at a time; `hutch++` first takes out the range of a sketch (2/3 of the
+    products; Meyer et al. 2021, arXiv:2010.09649), as large as the operator's memory allows; `xtrace` uses every sample for both
+    (Epperly, Tropp, Webber 2024, arXiv:2301.07825) and keeps 3/2 vectors per product. `auto`: XTrace where `max_products` of it fit
+    in `op.memory`, else Hutch++, else Hutchinson. Samples are spheres: the error then does not depend on the basis.
+
+    `rel_error`: stop when the half-width of the 95 % interval is at most `rel_error` times |value|; None: spend `max_products`.
+    Looked at only at 20, 30, 45, ... products, so that stopping when the interval happens to be short costs no coverage to speak of. A
+    trace near zero ends "budget-limited" with its interval; "noise-limited": rounding in the products is all that is left.
+    Where an estimator would take n products or more and `max_products` has room for n, the trace is computed exactly.
+    `checkpoint`: a file; a killed job that is called again the same way gives the same bits. How the interval comes about: `intervals`.
+    """
+    _check(op, method, rel_error, max_products, seed)
+    kind = _choose(op, method, rel_error, max_products)
+    job = job_description(op, task="trace", method=method, seed=seed)
+    with progress_bar(progress, "trace") as report, checkpointing(checkpoint, job, op.device) as (found, keep):
+        state = found or _start(op, kind, max_products)
+        for budget in _budgets(rel_error, max_products):
+            kind = KINDS[int(state["kind"])]
+            limit = max_products if kind == "exact" else budget
+            while (grown := grow(op, kind, state, limit, seed)) is not None:
+                state = grown
+                keep(state)
+                report(int(state["products"]), max(limit, int(state["products"])), kind)
+            now = moments(op, kind, state, seed)
+            status, need = _judge(now, kind, rel_error, int(state["products"]))
+            if status != "budget-limited":
+                break
+            report(int(state["products"]), min(max_products, math.ceil(need)), f"{now.value:.4g} ± {_half_width(now):.2g}")
+            if max(need, RATIO * budget) >= op.size and int(state["products"]) + op.size <= max_products:
+                state = {**_start(op, "exact", max_products), "products": state["products"]}
+    return _estimate(now, int(state["products"]), status)
+
+
+def diagonal(op: LinearOperator, *, num_samples: int = 100, seed: int = 0, progress: Progress = None) -> Estimate:
+    r"""Diagonal of an operator (n,), with the standard error of each entry (n,).
+
+    Mean of $v \odot A v$ over random signs $v$: unbiased, variance $\sum_{j \ne i} A_{ij}^2$ per sample, so a diagonal operator is
+    exact at once. Bekas, Kokiopoulou, Saad 2007, doi:10.1016/j.apnum.2007.01.003. One product per sample; from `num_samples` >= n
+    on, n products for the exact diagonal. Keeps two vectors of float64.
+    """
+    _check_count("diagonal", "num_samples", num_samples, 2)
+    _check_seed("diagonal", seed)
+    with progress_bar(progress, "diagonal") as report:
+        if num_samples >= op.size:
+            return _exact_diagonal(op)
+        mean = torch.zeros(op.size, dtype=torch.float64, device=op.device)
+        scatter = torch.zeros_like(mean)
+        before = op.products
+        for start in range(0, num_samples, BATCH):
+            V = op.space.samples(seed, range(start, min(start + BATCH, num_samples)), "rademacher")
+            for done, x in enumerate((V * (op @ V)).double().unbind(dim=1), start + 1):
+                step = x - mean  # Welford: equal entries leave exactly no scatter
+                mean = mean + step / done
+                scatter = scatter + step * (x - mean)
+            report(op.products - before, num_samples, "")
+    sem = (scatter / (num_samples - 1) / num_samples).sqrt()
+    return Estimate(value=mean, sem=sem, dof=num_samples - 1, products=op.products - before, label="diagonal")
+
+
+def _exact_diagonal(op: LinearOperator) -> Estimate:
+    value, before = torch.zeros(op.size, dtype=torch.float64, device=op.device), op.products
+    for start in range(0, op.size, BATCH):
+        rows = torch.arange(start, min(start + BATCH, op.size), device=op.device)
+        columns = torch.zeros(op.size, len(rows), dtype=op.dtype, device=op.device)
+        columns[rows, torch.arange(len(rows), device=op.device)] = 1.0
+        value[rows] = (columns * (op @ columns)).sum(dim=0).double()
+    return Estimate(value=value, sem=torch.zeros_like(value), products=op.products - before, label="diagonal")
+
+
+def _budgets(rel_error: float | None, max_products: int) -> Iterator[int]:
+    """Products at which the stopping rule is looked at, the last being `max_products`."""
+    budget = float(FIRST if rel_error is not None else max_products)
+    while budget < max_products:
+        yield int(budget)
+        budget *= RATIO
+    yield max_products
+
+
+def _start(op: LinearOperator, kind: str, max_products: int) -> State:
+    sketch = min(max_products // 3, _vectors(op) // 4)  # basis, residuals of as many forms, and room to join them
+    return {**start_state(op, kind, sketch), "kind": torch.tensor(KINDS.index(kind))}
+
+
+def _vectors(op: LinearOperator) -> int:
+    """How many vectors the operator's memory holds, beside those of the product that is being computed."""
+    return op.memory // (op.size * torch.finfo(op.dtype).bits // 8) - 2 * BATCH
+
+
+def _choose(op: LinearOperator, method: Method, rel_error: float | None, max_products: int) -> str:
+    """The kind of state to begin with."""
+    at_once = rel_error is None or op.size <= FIRST or max_products < op.size + FIRST  # an estimate first would leave no room
+    if op.size <= max_products and at_once:
+        return "exact"
+    room, needed = _vectors(op), 3 * (max_products // 2)  # Q, A Q and one of them again
+    if method == "auto":
+        return "xtrace" if needed <= room else "hutch++" if room >= 4 * SKETCH_WORTH else "hutchinson"
+    least = needed if method == "xtrace" else 4 if method == "hutch++" else 0
+    if least > room:
+        gib = (least + 2 * BATCH) * op.size * torch.finfo(op.dtype).bits / 8 / 2**30
+        raise OutOfBudget(
+            f"trace(method={method!r}, max_products={max_products}) keeps {least} vectors of {op.size} entries beside those of a product, "
+            f"{gib:.2g} GiB in all; the operator's memory is {op.memory / 2**30:.2g} GiB. "
+            f'Use method="auto" or fewer max_products, or give the operator a larger memory=.'
+        )
+    return method
+
+
+def _half_width(now: Moments) -> float:
+    lower, upper = Estimate(value=now.value, sem=now.sem, dof=now.dof, skew=now.skew).interval(0.95)
+    return float(upper - lower) / 2
+
+
+def _judge(now: Moments, kind: str, rel_error: float | None, spent: int) -> tuple[Status, float]:
+    """How the estimate stands, and how many products the error asked for may take in all."""
+    if kind == "exact" or rel_error is None:
+        return "converged", spent
+    half, target = _half_width(now), rel_error * abs(now.value)
+    if half <= target:
+        return "converged", spent
+    if now.sem < math.sqrt(2) * now.noise:  # most of the error is rounding
+        return "noise-limited", spent
+    power = 2 if kind == "hutchinson" else 1  # Hutch++ and XTrace need O(1 / error)
+    return "budget-limited", spent * (half / target) ** power if target > 0 else math.inf
+
+
+def _estimate(now: Moments, products: int, status: Status) -> Estimate:
+    return Estimate(value=now.value, sem=now.sem, dof=now.dof, skew=now.skew, products=products, status=status, label="trace")
+
+
+def _check(op: LinearOperator, method: Any, rel_error: Any, max_products: Any, seed: Any) -> None:
+    if not isinstance(op, LinearOperator):
+        raise TypeError(f"trace(op) needs a LinearOperator, got {type(op).__name__}. LinearOperator.from_dense(A) makes one of a matrix.")
+    if method not in get_args(Method):
+        raise ValueError(f"trace(method={method!r}) is unknown. Use one of {', '.join(map(repr, get_args(Method)))}.")
+    if rel_error is not None and not (isinstance(rel_error, int | float) and 0 < rel_error < math.inf):
+        raise ValueError(f"trace(rel_error={rel_error!r}) needs a positive number such as 0.05, or None to spend max_products.")
+    _check_count("trace", "max_products", max_products, 3)
+    _check_seed("trace", seed)
+
+
+def _check_count(function: str, name: str, count: Any, least: int) -> None:
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeError(f"{function}({name}={count!r}) needs an int, got {type(count).__name__}.")
+    if count < least:
+        raise ValueError(f"{function}({name}={count}) needs at least {least}: fewer leave the error unknown.")
+
+
+def _check_seed(function: str, seed: Any) -> None:
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"{function}(seed={seed!r}) needs an int: the samples are a function of it.")
