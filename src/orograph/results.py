@@ -27,27 +27,34 @@ def worst_status(statuses: Sequence[Status]) -> Status:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A number, or a tensor of them, with the error that it is known to.
+    r"""A number, or a tensor of them, with the error that it is known to.
 
-    `value` · `sem`: standard error of the mean (0 for what is computed exactly) · `dof`: degrees of freedom behind `sem` ·
-    `products` spent · `status`.
+    `value` · `sem`: standard error of the mean (0 for what is computed exactly) · `dof`: degrees of freedom behind `sem` · `skew`:
+    skewness of the error of `value` · `products` spent · `status`.
     """
 
     value: float | Tensor
     sem: float | Tensor = 0.0
     dof: float = math.inf
-    skew: float = 0.0  # skewness of the estimate's error, which shifts the interval
+    skew: float = 0.0
     products: int = 0
     status: Status = "converged"
     label: str = ""
     unit: str = ""
 
     def interval(self, level: float = 0.95) -> tuple[float | Tensor, float | Tensor]:
-        """Lower and upper end of the two-sided interval that contains the true value with probability `level`."""
+        r"""Lower and upper end of the two-sided interval that contains the true value with probability `level`.
+
+        Student's $t$ on either side; the side of the long tail reaches `skew` $(z^2 + 2) / 12$ standard errors farther. That is the
+        Cornish-Fisher shift for a studentised mean of quadratic forms (cumulants $-\gamma/4$, $-\gamma/2$: `sem` rises with the
+        value). The short side keeps its $t$: the skewness is itself an estimate, and shifting both ends costs coverage.
+        """
         if not 0.0 < level < 1.0:
             raise ValueError(f"interval(level={level}) needs a probability between 0 and 1, such as 0.95.")
-        reach = float(stats.t.ppf(0.5 + level / 2, self.dof)) if math.isfinite(self.dof) else float(stats.norm.ppf(0.5 + level / 2))
-        return self.value - reach * self.sem, self.value + reach * self.sem
+        normal = float(stats.norm.ppf(0.5 + level / 2))
+        reach = float(stats.t.ppf(0.5 + level / 2, self.dof)) if math.isfinite(self.dof) else normal
+        farther = self.skew * (normal**2 + 2) / 12
+        return self.value - (reach + max(-farther, 0.0)) * self.sem, self.value + (reach + max(farther, 0.0)) * self.sem
 
 
 @dataclass(frozen=True, kw_only=True)
