@@ -1,0 +1,43 @@
+"""The page: saved records in, one HTML file out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+
+from ..records import Record, Records, load_records
+
+
+def write_report(records_or_folder: Records | Record | Iterable[Record] | str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
+    """Write one self-contained HTML file about saved records and return its path.
+
+    A pure function of the records: no model, no data, no network. The same records give the same bytes.
+    """
+    if isinstance(records_or_folder, (str, os.PathLike)):
+        records = load_records(records_or_folder)
+    else:
+        records = Records([records_or_folder] if isinstance(records_or_folder, Record) else records_or_folder)
+    text = _render(records)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def _render(records: Records) -> str:
+    try:
+        from jinja2 import Environment, StrictUndefined
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise ImportError("write_report() needs plotly and jinja2: pip install 'orograph[report]'.") from error
+    from .sections import page_content
+
+    content = page_content(records)
+    template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    script = get_plotlyjs() if content["figures"] else ""
+    return environment.from_string(template).render(content, plotly=script)

@@ -1,0 +1,94 @@
+"""Drawing of a Surface: contours, with networks and paths marked on them, and the same in three dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from ..results import Surface
+from .figures import array
+from .theme import GRID, NEUTRAL, Drawing, Floats, Series, layout, named, plain, sentence
+
+
+def draw_surfaces(series: Sequence[Series]) -> list[Drawing]:
+    """For each surface its contours and a 3-D view; all share one colour scale, logarithmic where the range is wide."""
+    values = np.concatenate([array(s.result.z).ravel() for s in series])
+    finite = values[np.isfinite(values)]
+    log = bool(finite.size and finite.min() > 0 and finite.max() > 30 * finite.min())
+    height = np.log10(finite) if log else finite
+    limits = (float(height.min()), float(height.max())) if height.size else (0.0, 1.0)
+    drawings = []
+    for s in series:
+        name = f"{plain(s.name)}: " if len(series) > 1 else ""
+        drawings.append(_contours(s, limits, log, sentence(f"{name}contours")))
+        drawings.append(_relief(s, limits, log, sentence(f"{name}relief")))
+    return drawings
+
+
+def _heights(surface: Surface, log: bool) -> Floats:
+    z = array(surface.z).T  # (y, x): Plotly's rows run along y
+    return np.log10(np.where(z > 0, z, np.nan)) if log else z
+
+
+def _bar(surface: Surface, limits: tuple[float, float], log: bool) -> dict[str, Any]:
+    bar: dict[str, Any] = {"title": {"text": named(surface.label, surface.unit), "side": "right", "font": {"size": 13}}, "thickness": 12, "outlinewidth": 0}
+    if not log:
+        return {**bar, "nticks": 8}
+    ticks = [10.0**k * m for k in range(math.floor(limits[0]), math.ceil(limits[1]) + 1) for m in ((1, 2, 5) if limits[1] - limits[0] < 3 else (1,))]
+    ticks = [tick for tick in ticks if limits[0] <= math.log10(tick) <= limits[1]]
+    return {**bar, "tickvals": [math.log10(tick) for tick in ticks], "ticktext": [f"{tick:g}" for tick in ticks]}
+
+
+def _round_step(step: float) -> float:
+    decade = 10.0 ** math.floor(math.log10(step))
+    return next(decade * m for m in (1, 2, 2.5, 5, 10) if decade * m >= step * 0.999)
+
+
+def _contours(s: Series, limits: tuple[float, float], log: bool, title: str) -> Drawing:
+    surface: Surface = s.result
+    figure = go.Figure(layout=layout(420))
+    step = _round_step(max(limits[1] - limits[0], 1e-12) / 15)
+    figure.add_contour(
+        x=array(surface.x), y=array(surface.y), z=_heights(surface, log), zmin=limits[0], zmax=limits[1], colorscale="Viridis",
+        contours={"start": math.ceil(limits[0] / step) * step, "end": limits[1], "size": step}, line={"width": 0.6, "color": "rgba(255,255,255,0.55)"},
+        colorbar=_bar(surface, limits, log), customdata=array(surface.z).T, connectgaps=False,
+        hovertemplate="(%{x:.3g}, %{y:.3g}): %{customdata:.4g}<extra></extra>",
+    )
+    points = [row for row in s.marks if all(isinstance(row.get(axis), (int, float)) for axis in ("s", "t"))]
+    path = all("step" in row for row in points)
+    if points:
+        names = [plain(row.get("name", row.get("label", row.get("step", ""))), 24) for row in points]
+        figure.add_scatter(
+            x=[row["s"] for row in points], y=[row["t"] for row in points], mode="lines+markers" if path else "markers+text", text=names,
+            textposition="top center", textfont={"color": "white", "size": 12}, showlegend=False, hovertext=names, hoverinfo="text",
+            marker={"size": 8, "color": "white", "line": {"width": 1.5, "color": "#c0267b"}}, line={"color": "#ff5fb0", "width": 2},
+        )
+    figure.update_xaxes(title_text=plain(surface.xlabel), showgrid=False, zeroline=False)
+    figure.update_yaxes(title_text=plain(surface.ylabel), showgrid=False, zeroline=False)
+    notes = [f"{surface.evaluations:,} evaluations of the loss." if surface.evaluations else "", "Logarithmic colours." if log else ""]
+    return Drawing(figure, " ".join(filter(None, notes)), title=title, size=420)
+
+
+def _relief(s: Series, limits: tuple[float, float], log: bool, title: str) -> Drawing:
+    surface: Surface = s.result
+    figure = go.Figure(layout=layout(420))
+    figure.add_surface(
+        x=array(surface.x), y=array(surface.y), z=_heights(surface, log), cmin=limits[0], cmax=limits[1], colorscale="Viridis", showscale=False,
+        customdata=array(surface.z).T, hovertemplate="(%{x:.3g}, %{y:.3g}): %{customdata:.4g}<extra></extra>",
+        lighting={"ambient": 0.7, "diffuse": 0.6, "specular": 0.1},
+    )
+    axis: dict[str, Any] = {"color": NEUTRAL, "gridcolor": GRID, "showbackground": False, "zerolinecolor": GRID, "nticks": 5}
+    bar = _bar(surface, limits, log)
+    vertical: dict[str, Any] = {**axis, "title": {"text": bar["title"]["text"]}, **{key: bar[key] for key in ("tickvals", "ticktext") if key in bar}}
+    figure.update_layout(
+        scene={
+            "xaxis": {**axis, "title": {"text": plain(surface.xlabel)}}, "yaxis": {**axis, "title": {"text": plain(surface.ylabel)}},
+            "zaxis": vertical, "aspectratio": {"x": 1, "y": 1, "z": 0.7}, "camera": {"eye": {"x": 1.3, "y": -1.4, "z": 0.85}, "center": {"x": 0, "y": 0, "z": -0.22}},
+        },
+        dragmode="turntable",
+    )
+    return Drawing(figure, "Drag to turn.", title=title, size=420)
