@@ -53,7 +53,7 @@ def load_checkpoint(path: str | Path, job: Mapping[str, Any], device: torch.devi
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             saved = json.loads((file.metadata() or {})["job"])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (aligned memory: BLAS rounds by it)
     except (SafetensorError, KeyError, OSError) as error:
         raise ValueError(f"checkpoint={str(path)!r} is no checkpoint of Orograph ({error}). Delete it or give another path.") from error
     asked = json.loads(json.dumps(job))

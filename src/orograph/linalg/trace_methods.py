@@ -17,6 +17,7 @@ from .operator import LinearOperator
 
 BATCH = 8  # columns per call of the operator: what a killed job can lose, twice over
 DROP = 8.0  # new basis vectors below this many roundings of the old are noise
+ROUNDINGS = 4.0  # roundings (relative to the norm of A v) that a product is taken to be off by
 
 
 def start_state(op: LinearOperator, method: str, sketch: int) -> State:
@@ -39,14 +40,17 @@ def grow(op: LinearOperator, method: str, state: State, budget: int, seed: int) 
     before = op.products
     step = {"exact": _grow_exact, "hutchinson": _grow_forms, "hutch++": _grow_hutchpp, "xtrace": _grow_xtrace}[method]
     grown = step(op, state, budget, seed)
-    return grown and {**grown, "products": state["products"] + (op.products - before)}
+    if grown is None:
+        return None
+    grown["products"] = state["products"] + (op.products - before)
+    return {name: tensor.contiguous() for name, tensor in grown.items()}  # the layout decides the last bit of a product
 
 
 def moments(op: LinearOperator, method: str, state: State, seed: int) -> Moments:
     """The estimate that a state amounts to. No products; XTrace: O(n k^2) and the k random vectors once more."""
     if method == "exact":
         return Moments(float(state["total"]), 0.0, math.inf, 0.0, 0.0)
-    epsilon = torch.finfo(op.dtype).eps
+    epsilon = ROUNDINGS * torch.finfo(op.dtype).eps
     if method == "xtrace":
         values, tangents, dependence, scale = _xtrace_forms(op, state, seed)
         return spread(values, tangents, dependence, epsilon * scale)
@@ -104,8 +108,8 @@ def _grow_hutchpp(op: LinearOperator, state: State, budget: int, seed: int) -> S
     grown = {**state, "sketched": state["sketched"] + count}
     if fresh.shape[1]:
         image = op @ fresh
-        entries = _dots(op, fresh, image)
-        grown["captured"] = state["captured"] + torch.stack([entries.sum(), entries.abs().sum()])
+        gained = torch.stack([_dots(op, fresh, image).sum(), op.space.norm(image).sum().cpu()])
+        grown["captured"] = state["captured"] + gained  # and what its rounding is relative to
         grown["Q"] = torch.cat([state["Q"], fresh], dim=1)
         grown |= _deflate_forms(op, grown, fresh, _deflate(op, grown["Q"], image), seed)
     if int(grown["sketched"]) == int(state["sketch"]):

@@ -75,6 +75,7 @@ def diagonal(op: LinearOperator, *, num_samples: int = 100, seed: int = 0, progr
     exact at once. Bekas, Kokiopoulou, Saad 2007, doi:10.1016/j.apnum.2007.01.003. One product per sample; from `num_samples` >= n
     on, n products for the exact diagonal. Keeps two vectors of float64.
     """
+    _check_operator("diagonal", op)
     _check_count("diagonal", "num_samples", num_samples, 2)
     _check_seed("diagonal", seed)
     with progress_bar(progress, "diagonal") as report:
@@ -165,14 +166,18 @@ def _estimate(now: Moments, products: int, status: Status) -> Estimate:
 
 
 def _check(op: LinearOperator, method: Any, rel_error: Any, max_products: Any, seed: Any) -> None:
-    if not isinstance(op, LinearOperator):
-        raise TypeError(f"trace(op) needs a LinearOperator, got {type(op).__name__}. LinearOperator.from_dense(A) makes one of a matrix.")
+    _check_operator("trace", op)
     if method not in get_args(Method):
         raise ValueError(f"trace(method={method!r}) is unknown. Use one of {', '.join(map(repr, get_args(Method)))}.")
     if rel_error is not None and not (isinstance(rel_error, int | float) and 0 < rel_error < math.inf):
         raise ValueError(f"trace(rel_error={rel_error!r}) needs a positive number such as 0.05, or None to spend max_products.")
     _check_count("trace", "max_products", max_products, 3)
     _check_seed("trace", seed)
+
+
+def _check_operator(function: str, op: Any) -> None:
+    if not isinstance(op, LinearOperator):
+        raise TypeError(f"{function}(op) needs a LinearOperator, got {type(op).__name__}. LinearOperator.from_dense(A) makes one of a matrix.")
 
 
 def _check_count(function: str, name: str, count: Any, least: int) -> None:
