@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,7 +33,7 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Tensor], job: Mapping[
     """Write `state` and `job` to `path` atomically: temporary file in the same folder, fsync, rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.partial")
     tensors = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in state.items()}  # clone: no shared storage
     try:
         save_file(tensors, partial, metadata={"job": json.dumps(job, sort_keys=True)})
@@ -45,13 +44,13 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Tensor], job: Mapping[
         partial.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: str | Path, job: Mapping[str, Any], device: torch.device | str = "cpu") -> State | None:
-    """The state saved at `path`, or None where there is no file. ValueError if it belongs to another job or is damaged."""
+def load_checkpoint(path: str | Path, job: Mapping[str, Any]) -> State | None:
+    """The state saved at `path`, on the CPU, or None where there is no file. ValueError if it is another job's or damaged."""
     path = Path(path)
     if not path.exists():
         return None
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt", device="cpu") as file:
             saved = json.loads((file.metadata() or {})["job"])
             state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (aligned memory: BLAS rounds by it)
     except (SafetensorError, KeyError, OSError) as error:
@@ -65,10 +64,8 @@ def load_checkpoint(path: str | Path, job: Mapping[str, Any], device: torch.devi
 
 
 @contextmanager
-def checkpointing(
-    path: str | Path | None, job: Mapping[str, Any], device: torch.device | str = "cpu"
-) -> Iterator[tuple[State | None, Callable[[State], None]]]:
-    """Yield the state saved at `path` (or None) and `keep(state)`, to be called with every complete new state.
+def checkpointing(path: str | Path | None, job: Mapping[str, Any]) -> Iterator[tuple[State | None, Callable[[State], None]]]:
+    """Yield the state saved at `path` (on the CPU; or None) and `keep(state)`, to be called with every complete new state.
 
     `keep` saves when the time since the last save exceeds 1 / OVERHEAD times what a save takes; the last state is saved on
     leaving, after an exception or KeyboardInterrupt too. States kept must not be changed in place afterwards.
@@ -76,7 +73,7 @@ def checkpointing(
     if path is None:
         yield None, lambda state: None
         return
-    found = load_checkpoint(path, job, device)
+    found = load_checkpoint(path, job)
     unsaved: State | None = None
     duration, finished = 0.0, -1.0
 

@@ -81,7 +81,7 @@ def leave_one_out(a: SketchAlgebra) -> tuple[Tensor, Tensor, float]:
     U, scale, V = U[:, kept], scale[kept], Vt[kept].T
     alone = (V**2).sum(dim=1) > 1 - FULL  # (k,) sample i adds a direction of its own
     S = (U / scale) @ V.T  # (r, k)
-    S = S / S.norm(dim=0) * alone
+    S = S / S.norm(dim=0).clamp_min(1e-300) * alone  # a sample whose image vanishes has no direction
     alpha = (S * a.within).sum(dim=0)  # s_i' g_i
     C = a.within - S * alpha  # Q_i' g_i in the coordinates of Q
     X = a.factor - a.core @ C  # Q'(A g_i - A Q_i Q_i' g_i)

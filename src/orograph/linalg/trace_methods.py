@@ -15,6 +15,7 @@ from .checkpoints import State
 from .intervals import Moments, SketchAlgebra, leave_one_out, spread
 from .operator import LinearOperator
 
+VECTORS = ("Q", "AQ", "D")  # parts of a state that live on the operator's device; the numbers stay on the CPU
 BATCH = 8  # columns per call of the operator: what a killed job can lose, twice over
 DROP = 8.0  # new basis vectors below this many roundings of the old are noise
 ROUNDINGS = 4.0  # roundings (relative to the norm of A v) that a product is taken to be off by

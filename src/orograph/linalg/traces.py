@@ -15,7 +15,7 @@ from ..results import Estimate, Status
 from .checkpoints import State, checkpointing, job_description
 from .intervals import Moments
 from .operator import LinearOperator
-from .trace_methods import BATCH, grow, moments, start_state
+from .trace_methods import BATCH, VECTORS, grow, moments, start_state
 
 Method = Literal["auto", "hutchinson", "hutch++", "xtrace"]
 KINDS = ("hutchinson", "hutch++", "xtrace", "exact")  # what a state can be; its index is stored
@@ -49,23 +49,25 @@ def trace(
     _check(op, method, rel_error, max_products, seed)
     kind = _choose(op, method, rel_error, max_products)
     job = job_description(op, task="trace", method=method, seed=seed)
-    with progress_bar(progress, "trace") as report, checkpointing(checkpoint, job, op.device) as (found, keep):
-        state = found or _start(op, kind, max_products)
+    with progress_bar(progress, "trace") as report, checkpointing(checkpoint, job) as (found, keep):
+        state = _start(op, kind, max_products) if found is None else _placed(found, op)
+        expected = max_products if rel_error is None else FIRST
         for budget in _budgets(rel_error, max_products):
             kind = KINDS[int(state["kind"])]
-            limit = max_products if kind == "exact" else budget
-            while (grown := grow(op, kind, state, limit, seed)) is not None:
+            while (grown := grow(op, kind, state, max_products if kind == "exact" else budget, seed)) is not None:
                 state = grown
                 keep(state)
-                report(int(state["products"]), max(limit, int(state["products"])), kind)
-            now = moments(op, kind, state, seed)
-            status, need = _judge(now, kind, rel_error, int(state["products"]))
+                report(int(state["products"]), max(expected, int(state["products"])), kind)
+            now, spent = moments(op, kind, state, seed), int(state["products"])
+            status, need = _judge(now, kind, rel_error, spent)
             if status != "budget-limited":
                 break
-            report(int(state["products"]), min(max_products, math.ceil(need)), f"{now.value:.4g} ± {_half_width(now):.2g}")
-            if max(need, RATIO * budget) >= op.size and int(state["products"]) + op.size <= max_products:
+            expected = math.ceil(min(need, max_products))
+            report(spent, max(expected, spent), f"{now.value:.4g} ± {_half_width(now):.2g}")
+            if max(need, RATIO * budget) >= op.size and spent + op.size <= max_products:
                 state = {**_start(op, "exact", max_products), "products": state["products"]}
-    return _estimate(now, int(state["products"]), status)
+                expected = spent + op.size
+    return Estimate(value=now.value, sem=now.sem, dof=now.dof, skew=now.skew, products=spent, status=status, label="trace")
 
 
 def diagonal(op: LinearOperator, *, num_samples: int = 100, seed: int = 0, progress: Progress = None) -> Estimate:
@@ -119,6 +121,10 @@ def _start(op: LinearOperator, kind: str, max_products: int) -> State:
     return {**start_state(op, kind, sketch), "kind": torch.tensor(KINDS.index(kind))}
 
 
+def _placed(state: State, op: LinearOperator) -> State:
+    return {name: tensor.to(op.device) if name in VECTORS else tensor for name, tensor in state.items()}
+
+
 def _vectors(op: LinearOperator) -> int:
     """How many vectors the operator's memory holds, beside those of the product that is being computed."""
     return op.memory // (op.size * torch.finfo(op.dtype).bits // 8) - 2 * BATCH
@@ -159,10 +165,6 @@ def _judge(now: Moments, kind: str, rel_error: float | None, spent: int) -> tupl
         return "noise-limited", spent
     power = 2 if kind == "hutchinson" else 1  # Hutch++ and XTrace need O(1 / error)
     return "budget-limited", spent * (half / target) ** power if target > 0 else math.inf
-
-
-def _estimate(now: Moments, products: int, status: Status) -> Estimate:
-    return Estimate(value=now.value, sem=now.sem, dof=now.dof, skew=now.skew, products=products, status=status, label="trace")
 
 
 def _check(op: LinearOperator, method: Any, rel_error: Any, max_products: Any, seed: Any) -> None:
