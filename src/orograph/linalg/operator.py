@@ -37,7 +37,7 @@ class Space:
         return sum(entries for _, entries in self.blocks)
 
     def inner(self, U: Tensor, V: Tensor) -> Tensor:
-        """$U^\\top V$ accumulated in float64: (n,), (n,) -> (); (n, k), (n, m) -> (k, m); mixed shapes drop the missing axis."""
+        r"""$U^\top V$ accumulated in float64: (n,), (n,) -> (); (n, k), (n, m) -> (k, m); mixed shapes drop the missing axis."""
         left, right = U.reshape(len(U), -1), V.reshape(len(V), -1)
         total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64, device=left.device)
         for start in range(0, len(left), CHUNK):

@@ -1,0 +1,1 @@
+"""Benchmarks: costs counted in gradients."""

@@ -1,0 +1,1 @@
+"""Evidence that the claims hold: every row measured, with its bar."""

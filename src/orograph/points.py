@@ -1,0 +1,137 @@
+"""Read one setting of a network from whatever holds it: a module, a state dict, a weights file, a flat tensor, a Point."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .layout import Layout
+from .results import Point
+from .state import Slots, find_slots
+
+NESTED = ("state_dict", "model_state_dict", "model")  # where training frameworks keep the weights inside a checkpoint
+PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+
+
+def snapshot(slots: Slots, layout: Layout, *, device: torch.device | None, dtype: torch.dtype | None, label: str) -> Point:
+    """A copy of the model's present parameters and buffers."""
+    present = slots.present()
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone().to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+    selected = [present[name] for name in layout.names]
+    wide = torch.float32  # theta is kept, and all linear algebra done, in float32 or better
+    for tensor in selected:
+        wide = torch.promote_types(wide, dtype or tensor.dtype)
+    like = selected[0].detach().new_empty(0, dtype=wide, device=device)
+    theta = layout.flatten([tensor.to(like.device) for tensor in selected], like)
+    frozen = {name: own(present[name]) for name in slots.parameters if name not in layout.names}
+    point = Point(theta=theta, buffers={name: own(present[name]) for name in slots.buffers}, frozen=frozen, label=label)
+    return _checked(point, point, layout)
+
+
+def read_point(source: Any, own: Point, slots: Slots, layout: Layout, label: str | None) -> Point:
+    """The setting of `source` for the network whose present setting is `own`; tensors are copied to own's device and dtype."""
+    if isinstance(source, Point):
+        return _checked(replace(source, label=label or source.label), own, layout)
+    if isinstance(source, nn.Module):
+        theirs = find_slots(source)
+        present = theirs.present()
+        present |= {name: present[canonical] for name, canonical in theirs.aliases.items()}
+        return _from_state(present, own, slots, layout, label or type(source).__name__)
+    if isinstance(source, Tensor):
+        if source.shape != own.theta.shape:
+            raise ValueError(f"a flat tensor for this objective has shape ({layout.size},), got {tuple(source.shape)}.")
+        return _checked(replace(own, theta=source.detach().to(own.theta, copy=True), label=label or own.label), own, layout)
+    if isinstance(source, (str, Path)):
+        return _from_state(load_weights(source), own, slots, layout, label or Path(source).stem)
+    if isinstance(source, Mapping):
+        return _from_state(source, own, slots, layout, label or "state dict")
+    raise TypeError(f"a point cannot be read from a {type(source).__name__}. Pass a Point, Objective, module, state dict, weights file or flat tensor.")
+
+
+def load_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file: safetensors, or what `torch.load(weights_only=True)` accepts. Nothing else is executed."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no weights file {path}.")
+    if path.suffix == ".safetensors":
+        return dict(load_file(path))
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path.name} holds more than tensors, and unpickling it could run any code. Where you trust it, convert it once: "
+            "torch.save(model.state_dict(), 'weights.pt'), or safetensors.torch.save_file."
+        ) from error
+    for key in NESTED:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{path.name} holds a {type(loaded).__name__}, not a state dict. Save model.state_dict().")
+    return dict(loaded)
+
+
+def differs_outside(point: Point, own: Point) -> str | None:
+    """Name of the first parameter outside the study in which two points differ, or None."""
+    for name, tensor in own.frozen.items():
+        if tensor is not point.frozen[name] and not torch.equal(tensor, point.frozen[name]):
+            return name
+    return None
+
+
+def _from_state(state: Mapping[str, Any], own: Point, slots: Slots, layout: Layout, label: str) -> Point:
+    names = [*slots.aliases, *slots.buffers]
+    for prefix in PREFIXES:
+        if not any(name in state for name in names) and all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    groups = {canonical: [name for name, other in slots.aliases.items() if other == canonical] for canonical in slots.parameters}
+    found: dict[str, Tensor] = {}
+    missing = []
+    for canonical, names in groups.items():
+        given = [state[name] for name in names if name in state]
+        if not given:
+            missing.append(canonical)
+            continue
+        if any(not torch.equal(given[0], other) for other in given[1:]):
+            raise ValueError(f"{' and '.join(names)} are tied in this model, but differ in the given weights.")
+        found[canonical] = given[0]
+    if missing:
+        raise ValueError(f"the given weights lack {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}. They belong to another network; this one has {', '.join(layout.names[:5])} ...")
+    unknown = [key for key, value in state.items() if isinstance(value, Tensor) and key not in slots.aliases and key not in slots.buffers]
+    if unknown:
+        raise ValueError(f"the given weights hold {', '.join(unknown[:5])}, which this network does not have.")
+    own_parameters = dict(zip(layout.names, layout.split(own.theta), strict=True)) | dict(own.frozen)
+    for name, tensor in found.items():
+        if tensor.shape != own_parameters[name].shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)} in the given weights, and {tuple(own_parameters[name].shape)} in this network.")
+    theta = layout.flatten([found[name].to(own.theta.device) for name in layout.names], own.theta)
+    buffers = {name: _like(state.get(name, tensor), tensor, name) for name, tensor in own.buffers.items()}
+    frozen = {name: _like(found[name], tensor, name) for name, tensor in own.frozen.items()}
+    return _checked(Point(theta=theta, buffers=buffers, frozen=frozen, label=label), own, layout)
+
+
+def _like(tensor: Tensor, own: Tensor, name: str) -> Tensor:
+    """A copy on own's device and dtype; own itself where nothing differs."""
+    if tensor.shape != own.shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)} in the given weights, and {tuple(own.shape)} in this network.")
+    moved = tensor.detach().to(own, copy=True)
+    return own if torch.equal(moved, own) else moved
+
+
+def _checked(point: Point, own: Point, layout: Layout) -> Point:
+    """Refuse a point with the wrong size, or with NaN among its parameters."""
+    if point.theta.shape != own.theta.shape or set(point.buffers) != set(own.buffers) or set(point.frozen) != set(own.frozen):
+        raise ValueError(f"the point belongs to another network: it has {point.theta.numel()} entries, this objective {own.theta.numel()}.")
+    if not bool(torch.isfinite(point.theta).all()):
+        broken = [name for name, part in zip(layout.names, layout.split(point.theta), strict=True) if not bool(torch.isfinite(part).all())]
+        raise ValueError(f"the weights hold NaN or inf, first in {broken[0]!r}. Nothing can be measured there.")
+    return point

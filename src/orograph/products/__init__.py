@@ -1,0 +1,1 @@
+"""Products of curvature matrices with vectors: one file per engine."""

@@ -1,0 +1,182 @@
+r"""The loss as a weighted sum over micro-batches: $L(\theta) = \sum_b w_b L_b(\theta)$ with $w_b = u_b / \sum_b u_b$ for u_b units.
+
+Engines see four things: `with objective.applied():`, and of every term its `weight`, `output()` and `loss_of(output)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .batches import Batch, Batches, count_examples
+from .criteria import Criterion
+
+Forward = Callable[[nn.Module, Batch], tuple[Any, Any]]  # (model, batch) -> (output, target)
+BatchLoss = Callable[[nn.Module, Batch], Any]  # (model, batch) -> (total, count)
+Count = Callable[[Batch], float]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one batch becomes a loss: either `criterion` (with `forward` and `count`) or `batch_loss`."""
+
+    model: nn.Module
+    criterion: Criterion | None
+    batch_loss: BatchLoss | None
+    forward: Forward | None
+    count: Count | None
+
+    @property
+    def weighs(self) -> bool:
+        """Whether batches are averaged by units (a mean) rather than added up (a sum)."""
+        return self.criterion is None or self.criterion.reduction != "sum"
+
+
+@dataclass
+class Term:
+    """One micro-batch of the loss. `output()` first, then `loss_of(output)`."""
+
+    recipe: Recipe
+    batch: Batch
+    first: int  # index of its first example in the data set
+    units: float = 0.0
+    weight: float = 1.0
+    _target: Any = field(default=None, repr=False)
+
+    @property
+    def examples(self) -> int:
+        return count_examples(self.batch)
+
+    def output(self) -> Any:
+        """What the model returns for this batch, with its autograd graph (None for a `batch_loss`)."""
+        recipe = self.recipe
+        if recipe.batch_loss is not None:
+            return None
+        with _noted(self), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            if recipe.forward is not None:
+                result = recipe.forward(recipe.model, self.batch)
+                if not isinstance(result, tuple) or len(result) != 2:
+                    raise TypeError(f"forward(model, batch) must return (output, target), got {type(result).__name__}.")
+                output, self._target = result
+                return output
+            inputs, _ = _pair(self.batch)
+            return recipe.model(inputs)
+
+    @property
+    def target(self) -> Any:
+        """The targets; with `forward=` they are known after `output()`."""
+        return self._target if self.recipe.forward is not None else _pair(self.batch)[1]
+
+    def loss_of(self, output: Any) -> Tensor:
+        """The batch's own loss, a scalar: the mean over its units, or their sum for reduction="sum"."""
+        with _noted(self):
+            if self.recipe.batch_loss is not None:
+                with sdpa_kernel(SDPBackend.MATH):
+                    total, count = _total_and_count(self.recipe.batch_loss(self.recipe.model, self.batch))
+                return _scalar(total, "batch_loss") / (1.0 if count is None else count)
+            assert self.recipe.criterion is not None  # one of the two is there by construction
+            return _scalar(self.recipe.criterion.call(output, self.target), f"criterion {self.recipe.criterion.name}")
+
+    def count_units(self) -> float:
+        """The batch's units, read from its targets; runs the model only where the targets come out of `forward=` or `batch_loss`."""
+        recipe = self.recipe
+        if recipe.batch_loss is not None:
+            with _noted(self), sdpa_kernel(SDPBackend.MATH):
+                _, count = _total_and_count(recipe.batch_loss(recipe.model, self.batch))
+            return 1.0 if count is None else float(count)
+        if recipe.count is not None:
+            return float(recipe.count(self.batch))
+        if recipe.forward is not None and self._target is None:
+            with torch.no_grad():
+                self.output()
+        assert recipe.criterion is not None
+        if not hasattr(self.target, "__len__") or (isinstance(self.target, Tensor) and self.target.ndim == 0):
+            raise TypeError(f"the targets are {type(self.target).__name__}, whose length is unknown. Pass count=lambda batch: ... with the batch's number of units.")
+        return recipe.criterion.units(self.target)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """All micro-batches with their weights; iterate inside `objective.applied()`."""
+
+    recipe: Recipe
+    batches: Batches
+    units: tuple[float, ...]  # per batch, in the order of the first pass
+    total: float
+
+    def __iter__(self) -> Iterator[Term]:
+        for index, (first, batch) in enumerate(self.batches):
+            term = Term(self.recipe, batch, first)
+            term.units = self.units[index] if self.batches.ordered else term.count_units()
+            if term.units == 0:
+                continue  # nothing in it counts: its mean would be 0/0
+            term.weight = term.units / self.total if self.recipe.weighs else 1.0
+            yield term
+
+
+def weigh(recipe: Recipe, batches: Batches) -> Terms:
+    """Count the units of every batch (inside `applied()`)."""
+    units = []
+    for first, batch in batches:
+        term = Term(recipe, batch, first)
+        units.append(term.count_units())
+    if not all(unit >= 0 for unit in units):
+        raise ValueError(f"count(batch) gave {min(units)}. A batch's number of units cannot be negative.")
+    if not sum(units) > 0:
+        raise ValueError("the data holds no unit: every target is ignored, or every count is zero.")
+    if recipe.batch_loss is not None and len(batches.reading.sizes) > 1 and _returns_bare_scalar(recipe, batches):
+        raise ValueError(
+            "batch_loss returned a bare scalar, and there are several batches: whether they weigh equally is unknown. Return (total, count):\n"
+            "    losses = ...            # the loss of every example\n"
+            "    return losses.sum(), len(losses)"
+        )
+    return Terms(recipe, batches, tuple(units), sum(units))
+
+
+def _returns_bare_scalar(recipe: Recipe, batches: Batches) -> bool:
+    assert recipe.batch_loss is not None
+    _, batch = next(iter(batches))
+    return _total_and_count(recipe.batch_loss(recipe.model, batch))[1] is None
+
+
+def _total_and_count(result: Any) -> tuple[Any, Any]:
+    if isinstance(result, tuple):
+        if len(result) != 2:
+            raise TypeError(f"batch_loss must return (total, count), got {len(result)} values.")
+        return result
+    return result, None
+
+
+def _pair(batch: Batch) -> tuple[Any, Any]:
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+    raise TypeError(
+        f"a batch is a {type(batch).__name__}{size}, not an (inputs, targets) pair. Pass forward=lambda model, batch: (output, target), "
+        "such as forward=lambda model, batch: (model(batch['x']), batch['y'])."
+    )
+
+
+def _scalar(loss: Any, source: str) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{source} returned {type(loss).__name__}, not a tensor.")
+    if loss.numel() != 1:
+        raise ValueError(f'{source} returned shape {tuple(loss.shape)}, not a scalar. Use reduction="mean" or "sum", or add .mean() to it.')
+    return loss.reshape(())
+
+
+@contextmanager
+def _noted(term: Term) -> Iterator[None]:
+    """Whatever the user's model or loss raises passes unchanged, with a note on where it happened."""
+    try:
+        yield
+    except Exception as error:
+        if not getattr(error, "__notes__", None):
+            error.add_note(f"Orograph was evaluating the model and loss on the batch that starts at example {term.first}.")
+        raise
