@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -13,8 +12,21 @@ import torch
 from torch import Tensor
 
 from ..results import Curve, Density, Eigenpairs, Estimate, Spectrum
-from ..scalars import REACH, cell_interval, format_number, is_number
-from .theme import Drawing, Floats, Scale, Series, choose_scale, decade_ticks, error_bars, layout, named, plain, translucent
+from ..scalars import REACH, format_number
+from .theme import (
+    PALETTE,
+    Drawing,
+    Floats,
+    Scale,
+    Series,
+    choose_scale,
+    decade_ticks,
+    error_bars,
+    layout,
+    named,
+    plain,
+    translucent,
+)
 
 MOST_ENTRIES = 200  # a longer tensor is drawn as its sorted entries
 
@@ -100,6 +112,8 @@ def draw_eigenpairs(series: Sequence[Series]) -> list[Drawing]:
 
 
 def _eigenvalues(parts: Sequence[tuple[Series, Eigenpairs, list[str]]], title: str) -> Drawing:
+    if len({s.at for s, _, _ in parts if s.at is not None}) >= 3:
+        return _eigenvalues_over_tag([part for part in parts if part[0].at is not None], title)
     every = np.concatenate([array(pairs.intervals).ravel() for _, pairs, _ in parts] + [array(pairs.values) for _, pairs, _ in parts])
     scale = choose_scale(np.concatenate([array(pairs.values) for _, pairs, _ in parts]))
     figure, shown = go.Figure(layout=layout()), set[str]()
@@ -125,6 +139,27 @@ def _eigenvalues(parts: Sequence[tuple[Series, Eigenpairs, list[str]]], title: s
     notes += ["Open circles: not converged."] if not all(bool(pairs.converged.all()) for _, pairs, _ in parts) else []
     notes += [f"Vertical {scale.note}."] if scale.note else []
     return Drawing(figure, " ".join(notes), title="Extreme eigenvalues")
+
+
+def _eigenvalues_over_tag(parts: Sequence[tuple[Series, Eigenpairs, list[str]]], title: str) -> Drawing:
+    """A line for each rank, the first five and the last."""
+    figure, parts = go.Figure(layout=layout()), sorted(parts, key=lambda part: part[0].at or 0.0)
+    ranks = list(dict.fromkeys(rank for _, _, names in parts for rank in names))
+    scale = choose_scale(np.concatenate([array(pairs.values) for _, pairs, _ in parts]))
+    for rank in ranks if len(ranks) <= 6 else [*ranks[:5], ranks[-1]]:
+        for group in dict.fromkeys(s.group for s, _, _ in parts):
+            members = [(s.at, pairs, names.index(rank)) for s, pairs, names in parts if s.group == group and rank in names]
+            values = np.array([float(pairs.values[i]) for _, pairs, i in members])
+            ends = np.array([pairs.intervals[i].tolist() for _, pairs, i in members]).reshape(-1, 2)
+            colour = PALETTE[min(ranks.index(rank), len(PALETTE) - 1)]
+            figure.add_scatter(
+                x=[at for at, _, _ in members], y=scale.place(values), mode="lines+markers", name=plain(f"{group}, rank {rank}"),
+                line={"color": colour}, error_y=error_bars(scale, values, ends[:, 0], ends[:, 1], colour), customdata=values,
+                hovertemplate="%{customdata:.5g}",
+            )
+    figure.update_xaxes(title_text=plain(parts[0][0].axis))
+    figure.update_yaxes(**scale.axis(title, np.concatenate([array(pairs.values) for _, pairs, _ in parts])))
+    return Drawing(figure, "Each bar contains an eigenvalue (true residual).", title="Extreme eigenvalues")
 
 
 def draw_densities(series: Sequence[Series]) -> list[Drawing]:
@@ -226,48 +261,3 @@ def draw_curves(series: Sequence[Series]) -> list[Drawing]:
     figure.update_yaxes(**y_scale.axis(named(first.ylabel or first.label, first.unit), ys))
     figure.update_layout(showlegend=len(series) > 1, hovermode="x unified" if len(series) <= 6 else "closest")
     return [Drawing(figure, "Bands: 95 % intervals." if banded else "")]
-
-
-def draw_bars(series: Sequence[Series]) -> list[Drawing]:
-    """A table's column `y` as bars over its column `x`, with intervals where the rows have errors."""
-    table, first = series[0].result, series[0].result
-    rows = max(len(s.result.rows) for s in series)
-    height = 90 + max(26, 10 + 15 * len(series)) * rows
-    figure, every = go.Figure(layout=layout(height, barmode="group", bargap=0.25)), list[float]()
-    for s in series:
-        shown = [row for row in s.result.rows if is_number(row.get(table.y))]
-        values = np.array([row[table.y] for row in shown], dtype=np.float64)
-        ends = np.array([cell_interval(row, table.y) for row in shown], dtype=np.float64).reshape(-1, 2)
-        every += values.tolist()
-        names = [plain(row.get(table.x, i), 30) for i, row in enumerate(shown)]
-        hover = [f"{name}: {format_number(float(v), *map(float, end))}" for name, v, end in zip(names, values, ends, strict=True)]
-        figure.add_bar(
-            y=names, x=values, orientation="h", name=plain(s.name), marker={"color": s.colour, "line": {"width": 0}}, hovertext=hover,
-            hoverinfo="text+name", error_x=error_bars(Scale(), values, ends[:, 0], ends[:, 1], "#7b8794", width=3), textposition="none",
-        )
-    scale = choose_scale(every)
-    scale = scale if scale.kind == "log" else Scale()  # a bar has to start somewhere, so only positive values may be spread
-    figure.update_xaxes(**scale.axis(named(table.y.replace("_", " "), first.unit), every))
-    figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
-    figure.update_layout(showlegend=len(series) > 1)
-    return [Drawing(figure, size=height)]
-
-
-def draw_heat(series: Sequence[Series]) -> list[Drawing]:
-    """A table as a map: columns `x` and `y` are its axes, and the first other number is the colour."""
-    drawings = []
-    for s in series:
-        table = s.result
-        others = [c for c in table.columns if c not in (table.x, table.y) and any(is_number(row.get(c)) for row in table.rows)]
-        value = "value" if "value" in others else others[0]
-        xs, ys = (list(dict.fromkeys(row.get(axis) for row in table.rows)) for axis in (table.x, table.y))
-        z: Any = np.full((len(ys), len(xs)), np.nan)
-        for row in table.rows:
-            z[ys.index(row.get(table.y)), xs.index(row.get(table.x))] = row[value] if is_number(row.get(value)) else np.nan
-        figure = go.Figure(layout=layout(120 + 30 * len(ys)))
-        bar = {"title": {"text": plain(value.replace("_", " "))}, "thickness": 12, "outlinewidth": 0}
-        figure.add_heatmap(x=[plain(x, 20) for x in xs], y=[plain(y, 26) for y in ys], z=z, colorscale="Viridis", colorbar=bar, xgap=1, ygap=1)
-        figure.update_xaxes(title_text=plain(table.x.replace("_", " ")), showgrid=False)
-        figure.update_yaxes(title_text=plain(table.y.replace("_", " ")), autorange="reversed", showgrid=False)
-        drawings.append(Drawing(figure, title=plain(s.name) if len(series) > 1 else "", size=120 + 30 * len(ys)))
-    return drawings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,19 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from ..records import Record, Records
-from ..results import Curve, Density, Eigenpairs, Estimate, Point, Result, Spectrum, Surface, Table
-from ..scalars import Scalar, cell_interval, format_number, is_number, scalars
-from .figures import draw_bars, draw_curves, draw_densities, draw_eigenpairs, draw_estimates, draw_heat, draw_spectra
-from .surfaces import draw_surfaces
-from .theme import DASHES, PALETTE, Drawing, Series, sentence, spread
+from ..results import Curve, Estimate, Point, Result, Spectrum, Table
+from ..scalars import Scalar, is_number, scalars
+from .blocks import MOST_COLUMNS, make_block, number_cell, quantity_title
+from .theme import DASHES, PALETTE, Series, sentence, spread
 
-MOST_COLUMNS = 6  # of networks in the table of key numbers
 MOST_CARDS = 8  # records of one probe that are shown unfolded
 LATEST_CARDS = 3  # and of a series over a tag, whose figures show the rest
-DRAW: dict[type, Any] = {
-    Estimate: draw_estimates, Eigenpairs: draw_eigenpairs, Density: draw_densities, Spectrum: draw_spectra, Curve: draw_curves,
-    Surface: draw_surfaces,
-}
 FACTS = {"version": "Orograph", "torch": "PyTorch", "device": "device", "dtype": "precision", "engine": "engine"}
 MEANINGS = {
     "converged": "reached its tolerance",
@@ -104,22 +97,6 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def number_cell(number: Scalar) -> dict[str, str]:
-    """A number for the template, apart from its interval."""
-    main, _, interval = format_number(number.value, number.lower, number.upper).partition(" ")
-    return {"main": main.replace("-", "−"), "interval": interval.replace("-", "−"), "status": number.status or "", "unit": number.unit}
-
-
-def quantity_title(quantity: str) -> str:
-    """A quantity's name in words."""
-    head, _, rest = quantity.partition(".")
-    if head == "condition":
-        return f"condition number ({rest.replace('_', ' ')})"
-    if head in ("top", "bottom"):
-        return f"eigenvalue {int(rest[len('eigenvalue['):-1]) + 1} from the {head}"
-    return "share of negative eigenvalues" if quantity == "negative_mass" else quantity.replace("_", " ")
-
-
 def _summary(shown: Sequence[Shown]) -> dict[str, Any]:
     """Key numbers: a row for each quantity, a column for each network, which shows its latest measurement."""
     rows: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
@@ -150,7 +127,7 @@ def _section(probe: str, shown: Sequence[Shown], figures: list[str]) -> dict[str
     number = len(figures)
     cards = [_card(s) for s in shown]
     folded = len(cards) - LATEST_CARDS if len(cards) > MOST_CARDS and shown[-1].at is not None else 0
-    blocks = [_block(title, kind, series, figures) for title, kind, series in _groups(shown)]
+    blocks = [make_block(title, kind, series, figures) for title, kind, series in _groups(shown)]
     narrow = [block for block in blocks if not block["wide"]]
     if len(narrow) % 2:
         narrow[-1]["wide"] = True  # no half-empty row
@@ -201,58 +178,3 @@ def _named_group(kind: type, members: list[tuple[str, Series]]) -> tuple[str, ty
         changes: dict[str, Any] = {"name": title, "colour": PALETTE[i % len(PALETTE)]} if single else {"name": f"{s.name} · {title}"}
         series.append(replace(s, **changes, dash="solid" if single else DASHES[i % len(DASHES)]))
     return members[0][1].result.ylabel or ", ".join(names), kind, series
-
-
-def _block(title: str, kind: type, series: list[Series], figures: list[str]) -> dict[str, Any]:
-    block: dict[str, Any] = {"title": sentence(title), "drawings": [], "tiles": [], "table": None, "pivot": None, "wide": kind not in (Estimate, Curve), "fold": True}
-    drawings: list[Drawing] = []
-    if kind is Table:
-        draw = {"bars": draw_bars, "heat": draw_heat, "table": None}[series[0].result.draw]
-        filled = [s for s in series if s.result.rows]
-        drawings, block["table"], block["fold"] = draw(filled) if draw and filled else [], _table(series), bool(draw)
-    elif kind is Point or (kind is Estimate and len(series) == 1 and not isinstance(series[0].result.value, Tensor)):
-        block["tiles"] = [(s.name, s.colour, [(n.quantity if kind is Point else "", number_cell(n)) for n in scalars(s.result)]) for s in series]
-    else:
-        drawings = DRAW[kind](series)
-    if kind in (Spectrum, Eigenpairs, Estimate) and not block["tiles"] and len(series) <= MOST_COLUMNS:
-        block["pivot"] = _pivot(series)
-    for drawing in drawings:
-        figures.append(figure_json(drawing))
-        block["drawings"].append({"id": len(figures), "caption": drawing.caption, "title": drawing.title, "size": drawing.size})
-    return block
-
-
-def figure_json(drawing: Drawing) -> str:
-    """The figure as JSON that cannot end the script element that holds it."""
-    text: str = drawing.figure.to_json()
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _pivot(series: Sequence[Series]) -> dict[str, Any]:
-    rows: dict[str, dict[int, dict[str, str]]] = {}
-    for i, s in enumerate(series):
-        for number in scalars(s.result):
-            rows.setdefault(number.quantity, {})[i] = number_cell(number)
-    table = [(quantity_title(quantity), [cells.get(i) for i in range(len(series))]) for quantity, cells in rows.items()]
-    return {"columns": [(s.name, s.colour) for s in series], "rows": table}
-
-
-def _table(series: Sequence[Series]) -> dict[str, Any]:
-    """All rows, with their errors folded into intervals, and the network in front where there are several."""
-    columns = list(dict.fromkeys(column for s in series for column in s.result.columns))
-    rows = [(s, row) for s in series for row in s.result.rows]
-    used = {f"{c}_sem" for c in columns} | ({"lower", "upper", "error"} if "value" in columns else set())
-    kept = [c for c in columns if c not in used or not any(math.isfinite(cell_interval(row, _owner(c))[0]) for _, row in rows if is_number(row.get(_owner(c))))]
-    body = [(s.name if len(series) > 1 else "", s.colour, [_cell(row, column) for column in kept]) for s, row in rows]
-    return {"columns": [column.replace("_", " ") for column in kept], "rows": body, "several": len(series) > 1}
-
-
-def _owner(column: str) -> str:
-    return column.removesuffix("_sem") if column.endswith("_sem") else "value"
-
-
-def _cell(row: dict[str, Any], column: str) -> dict[str, str] | str:
-    value = row.get(column)
-    if is_number(value) and value is not None:
-        return number_cell(Scalar(column, value, *cell_interval(row, column)))
-    return {True: "yes", False: "no", None: ""}[value] if value is None or isinstance(value, bool) else str(value)

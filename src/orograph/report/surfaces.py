@@ -21,11 +21,13 @@ def draw_surfaces(series: Sequence[Series]) -> list[Drawing]:
     log = bool(finite.size and finite.min() > 0 and finite.max() > 30 * finite.min())
     height = np.log10(finite) if log else finite
     limits = (float(height.min()), float(height.max())) if height.size else (0.0, 1.0)
+    limits = limits if limits[0] < limits[1] else (limits[0] - 0.5, limits[1] + 0.5)
     drawings = []
     for s in series:
         name = f"{plain(s.name)}: " if len(series) > 1 else ""
         drawings.append(_contours(s, limits, log, sentence(f"{name}contours")))
-        drawings.append(_relief(s, limits, log, sentence(f"{name}relief")))
+        if min(s.result.z.shape) >= 3:
+            drawings.append(_relief(s, limits, log, sentence(f"{name}relief")))
     return drawings
 
 

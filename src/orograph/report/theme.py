@@ -22,7 +22,7 @@ RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 GRID = "rgba(123,135,148,0.22)"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Series:
     """One result to draw. `at`: value of the numeric tag `axis` that varies between records of the same `group`, or None."""
 
@@ -128,7 +128,7 @@ def named(title: str, unit: str) -> str:
 
 def layout(height: int = 340, **settings: Any) -> go.Layout:
     """Transparent ground, quiet grid, legend above; the page's style sheet colours the text."""
-    axis = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "ticks": "", "automargin": True, "title": {"standoff": 10, "font": {"size": 13}}, "ticklabelstandoff": 4}
+    axis = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "ticks": "", "automargin": True, "exponentformat": "e", "title": {"standoff": 10, "font": {"size": 13}}, "ticklabelstandoff": 4}
     base: dict[str, Any] = {
         "template": go.layout.Template(layout={"xaxis": axis, "yaxis": axis, "colorway": PALETTE}),
         "height": height, "margin": {"l": 8, "r": 12, "t": 8, "b": 8}, "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
@@ -148,9 +148,10 @@ def translucent(colour: str, alpha: float) -> str:
 def error_bars(scale: Scale, values: ArrayLike, lower: ArrayLike, upper: ArrayLike, colour: str, width: float = 4) -> dict[str, Any]:
     """Interval bars in the coordinates of `scale`; where an end is unknown there is no bar."""
     middle = scale.place(values)
+    with np.errstate(invalid="ignore"):  # an infinite value has no bar
+        above, below = scale.place(upper) - middle, middle - scale.place(lower)
     return {
-        "type": "data", "symmetric": False, "array": scale.place(upper) - middle, "arrayminus": middle - scale.place(lower),
-        "color": colour, "thickness": 1.6, "width": width,
+        "type": "data", "symmetric": False, "array": above, "arrayminus": below, "color": colour, "thickness": 1.6, "width": width,
     }
 
 
