@@ -1,0 +1,110 @@
+"""`eigenpairs`: the extreme eigenvalues of a symmetric operator, with vectors, true residuals, intervals and a status."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import OutOfBudget
+from ..progress import Progress, progress_bar
+from ..results import Eigenpairs, Status, worst_status
+from .operator import LinearOperator
+from .power import power_vectors
+from .search import Goal, Which, lanczos_search
+
+Method = Literal["lanczos", "power"]
+NOISE = {torch.float64: 1e-14, torch.float32: 1e-6}  # round-off of a product, relative to the largest eigenvalue
+
+
+def eigenpairs(
+    op: LinearOperator,
+    k: int = 1,
+    *,
+    which: Which = "largest",
+    method: Method = "lanczos",
+    tol: float = 1e-3,
+    max_products: int | None = None,
+    start: Tensor | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    progress: Progress = None,
+) -> Eigenpairs:
+    r"""Eigenvalues at the ends of the spectrum, with what is needed to trust them.
+
+    `which`: "largest" (descending), "smallest" (ascending), "magnitude" (by |value|), or "both": k at each end, 2k in all,
+    descending · `method`: "lanczos" (thick restart, full reorthogonalisation) or "power", the textbook's baseline · `tol`: asked
+    residual relative to |value| · `max_products`: budget, default 1000 + 20 per pair · `start` (n,) or (n, j): a guess, such as
+    earlier eigenvectors · `checkpoint`: a file from which a killed run continues.
+
+    A pair is `converged` when its *true* residual $\|A v - \lambda v\|$, from one product per pair at the end, is at most
+    $tol \cdot \max(|\lambda|, \nu \lambda_{max})$ with the round-off level $\nu$ (1e-6 in float32); where round-off is reached first
+    the status is "noise-limited". $[\lambda - r, \lambda + r]$, r the residual plus round-off, contains *an* eigenvalue; `missed`
+    bounds the chance that one was not seen that lies farther out than the innermost one reported, by more than 10 tol (at most
+    1 %) of it.
+    For k > 1 a second random start in the complement of the pairs found looks for eigenvalues that a single
+    start cannot see (exact multiplicities). Raises ValueError for bad arguments, OutOfBudget if the basis does not fit `op.memory`.
+    """
+    goal = _checked(op, k, which, method, tol, max_products, start)
+    before = op.products
+    budget = max_products if max_products is not None else 1000 + 20 * goal.count
+    with progress_bar(progress, f"{k} {which} eigenpair{'s' if goal.count > 1 else ''}") as report:
+        if method == "power":
+            vectors, missed, scale = power_vectors(op, goal.k, which, goal.tol, budget - goal.count, seed, report), 1.0, 0.0
+        else:
+            vectors, missed, scale = lanczos_search(op, goal, _capacity(op, goal), budget - goal.count, start, seed, checkpoint, report)
+    return _certified(op, goal, vectors, missed, scale, before)
+
+
+def _certified(op: LinearOperator, goal: Goal, rows: Tensor, missed: float, scale: float, before: int) -> Eigenpairs:
+    """Rayleigh-Ritz on the found vectors with one product each, which gives true residuals; then status and intervals."""
+    basis, _ = torch.linalg.qr(rows.T.double())
+    basis = basis.to(op.dtype)  # (n, c)
+    image = op @ basis
+    gram = op.space.inner(basis, image).cpu()
+    values, turn = torch.linalg.eigh((gram + gram.T) / 2)
+    order = goal.choose(values)
+    values, turn = values[order], turn[:, order].to(op.device, op.dtype)
+    vectors, image = basis @ turn, image @ turn
+    residuals = op.space.norm(image - vectors * values.to(op.device, op.dtype)).cpu()
+    largest = max(scale, float(values.abs().max()))
+    converged = residuals <= goal.threshold(values, largest)
+    noise_only = residuals <= 10 * goal.noise * largest
+    statuses: list[Status] = ["converged" if c else "noise-limited" if n else "budget-limited" for c, n in zip(converged, noise_only, strict=True)]
+    reach = residuals + goal.noise * largest
+    return Eigenpairs(
+        values=values, vectors=vectors, residuals=residuals, converged=converged, missed=missed, products=op.products - before,
+        intervals=torch.stack([values - reach, values + reach], dim=1), status=worst_status(statuses) if len(values) == goal.count else "budget-limited",
+    )  # fmt: skip
+
+
+def _capacity(op: LinearOperator, goal: Goal) -> int:
+    """Vectors in the basis: what memory allows, between 2 per pair + 20 and 2 per pair + 200."""
+    item = op.size * torch.finfo(op.dtype).bits // 8
+    fits = op.memory // item // 2 - 3 * goal.count  # a restart holds two bases; locked pairs and their images come on top
+    least = min(op.size, goal.count + 3)
+    if fits < least:
+        need = 2 * (least + 3 * goal.count) * item / 2**30
+        raise OutOfBudget(f"eigenpairs(k={goal.k}) needs at least {need:.2f} GiB for its basis, the budget is {op.memory / 2**30:.2f} GiB. Ask for fewer pairs or give the operator a larger memory=.")
+    return max(least, min(op.size, fits, 2 * goal.count + 200))
+
+
+def _checked(op: LinearOperator, k: int, which: str, method: str, tol: float, max_products: int | None, start: Tensor | None) -> Goal:
+    if which not in ("largest", "smallest", "magnitude", "both"):
+        raise ValueError(f'eigenpairs(which={which!r}): choose "largest", "smallest", "magnitude" or "both".')
+    if method not in ("lanczos", "power"):
+        raise ValueError(f'eigenpairs(method={method!r}): choose "lanczos" or "power".')
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"eigenpairs(k={k!r}) needs a positive whole number of pairs.")
+    goal = Goal(k, which, float(tol), NOISE.get(op.dtype, 1e-2))  # type: ignore[arg-type]
+    if goal.count > op.size:
+        raise ValueError(f"eigenpairs(k={k}) needs {'2 k' if which == 'both' else 'k'} <= op.size = {op.size}. Ask for fewer pairs, or use op.dense() for all of them.")
+    if not 0 < tol < 1:
+        raise ValueError(f"eigenpairs(tol={tol}) needs a relative residual between 0 and 1, such as 1e-3.")
+    if max_products is not None and max_products < 2 * goal.count + 1:
+        raise ValueError(f"eigenpairs(max_products={max_products}) cannot give {goal.count} pair(s): it takes at least {2 * goal.count + 1}.")
+    if start is not None and (not isinstance(start, Tensor) or start.shape[:1] != (op.size,) or start.ndim > 2 or not bool(torch.isfinite(start).all()) or not bool(start.any())):
+        raise ValueError(f"eigenpairs(start=...) needs a finite, non-zero tensor of shape ({op.size},) or ({op.size}, j).")
+    return goal
