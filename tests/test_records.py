@@ -298,7 +298,7 @@ def test_frame_without_pandas_says_what_to_install(monkeypatch):
         ((12345.0, 11845.0, 12845.0), "12345 [11845, 12845]"), ((2.5e7, 2.4e7, 2.6e7), "2.50e+07 [2.40e+07, 2.60e+07]"),
         ((-3e-6, -5e-6, -1e-6), "-3.0e-06 [-5.0e-06, -1.0e-06]"), ((1.0, 1.0 - 1e-9, 1.0 + 1e-9), "1 ± 1e-09"),
         ((3.14159,), "3.142"), ((2.0, 2.0, 2.0), "2"), ((math.nan,), "nan"), ((math.inf,), "inf"), ((0.0,), "0"), ((123456,), "123,456"),
-        ((1.0, -math.inf, math.inf), "1 [-inf, inf]"), ((0.0, -1.0, 1.0), "0.0 [-1.0, 1.0]"),
+        ((1.0, -math.inf, math.inf), "1 [-inf, inf]"), ((math.inf, math.inf, math.inf), "inf"), ((0.0, -1.0, 1.0), "0.0 [-1.0, 1.0]"),
     ],
 )
 def test_numbers_show_the_digits_that_their_interval_supports(numbers, text):

@@ -97,7 +97,7 @@ def test_text_of_users_cannot_become_markup(tmp_path):
     for data in re.findall(r'<script type="application/json" id="data-\d+">(.*?)</script>', page, flags=re.DOTALL):
         assert "<" not in data
         json.loads(data)
-    assert plain("<b>&") == "&lt;b&gt;&amp;" and len(plain("x" * 500, 30)) == 30
+    assert plain("<b>& %{x}") == "&lt;b&gt;&amp; %&#123;x}" and len(plain("x" * 500, 30)) == 30
 
 
 def test_page_says_what_was_measured_and_what_it_cost(tmp_path):
@@ -268,6 +268,8 @@ def test_page_draws_everything_offline_at_any_width(browser, tmp_path, width, sc
         assert len(drawn) > 15 and all(drawn)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate("[...document.querySelectorAll('.figure')].every(f => f.firstElementChild.scrollWidth <= f.clientWidth + 1)")
+        buttons = page.evaluate("[...document.querySelectorAll('.modebar-btn')].map(button => button.dataset.title)")
+        assert "Zoom in" in buttons and not [title for title in buttons if "Share" in title or "Cloud" in title]  # nothing is uploaded
         ink = page.evaluate("getComputedStyle(document.querySelector('.figure .xtick text')).fill")
         assert (sum(map(int, re.findall(r"\d+", ink)[:3])) > 384) == (scheme == "dark")  # light text on dark ground
         assert troubles == [] and {url for url in requests if not url.startswith(("data:", "blob:"))} == {path.as_uri()}

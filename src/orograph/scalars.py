@@ -123,7 +123,8 @@ def format_number(value: float, lower: float = math.nan, upper: float = math.nan
     """`value` with its interval, to two digits of the interval's half-width and six in all: "12.34 [12.11, 12.57]"."""
     half = (upper - lower) / 2
     if not (math.isfinite(value) and math.isfinite(half) and half > 0):
-        return _plain(value) if not (math.isinf(lower) or math.isinf(upper)) else f"{_plain(value)} [{_plain(lower)}, {_plain(upper)}]"
+        unbounded = math.isfinite(value) and (math.isinf(lower) or math.isinf(upper))
+        return f"{_plain(value)} [{_plain(lower)}, {_plain(upper)}]" if unbounded else _plain(value)
     scale = max(abs(value), abs(lower), abs(upper))
     magnitude = math.floor(math.log10(scale))
     if half < 1e-5 * scale:

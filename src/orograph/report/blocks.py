@@ -93,7 +93,9 @@ def quantity_title(quantity: str) -> str:
     if head == "condition":
         return f"condition number ({rest.replace('_', ' ')})"
     if head in ("top", "bottom"):
-        return f"eigenvalue {int(rest[len('eigenvalue['):-1]) + 1} from the {head}"
+        rank = int(rest[len("eigenvalue[") : -1]) + 1
+        ordinal = "" if rank == 1 else f"{rank}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(rank % 10 if rank % 100 not in (11, 12, 13) else 0, 'th') } "
+        return f"{ordinal}{'largest' if head == 'top' else 'smallest'} eigenvalue"
     return "share of negative eigenvalues" if quantity == "negative_mass" else quantity.replace("_", " ")
 
 

@@ -22,6 +22,7 @@ from .theme import (
     choose_scale,
     decade_ticks,
     error_bars,
+    hover,
     layout,
     named,
     plain,
@@ -80,7 +81,8 @@ def _estimates_over_tag(series: Sequence[Series]) -> Drawing:
         figure.add_scatter(
             x=[s.at for s in members], y=scale.place(values), mode="lines+markers", name=plain(group), line={"color": members[0].colour},
             error_y=error_bars(scale, values, lower, upper, members[0].colour),
-            hovertext=[format_number(*map(float, ends)) for ends in zip(values, lower, upper, strict=True)], hoverinfo="x+text+name",
+            hovertext=[f"{plain(s.name)}: {format_number(*map(float, ends))}" for s, *ends in zip(members, values, lower, upper, strict=True)],
+            hoverinfo="text",
         )
     figure.update_xaxes(title_text=plain(series[0].axis))
     figure.update_yaxes(**scale.axis(named(series[0].result.label, series[0].result.unit), every))
@@ -119,7 +121,7 @@ def _eigenvalues(parts: Sequence[tuple[Series, Eigenpairs, list[str]]], title: s
     figure, shown = go.Figure(layout=layout()), set[str]()
     for s, pairs, ranks in parts:
         values, residuals, intervals = array(pairs.values), array(pairs.residuals), array(pairs.intervals).reshape(-1, 2)
-        hover = [
+        texts = [
             f"{plain(s.name)}, rank {rank}: {format_number(float(v), float(low), float(high))}<br>residual {r:.2g}"
             f"{'' if done else ', ' + pairs.status}"
             for rank, v, (low, high), r, done in zip(ranks, values, intervals, residuals, pairs.converged.tolist(), strict=True)
@@ -128,7 +130,7 @@ def _eigenvalues(parts: Sequence[tuple[Series, Eigenpairs, list[str]]], title: s
         figure.add_scatter(
             x=ranks, y=scale.place(values), mode="markers", name=plain(s.name), legendgroup=s.name, showlegend=s.name not in shown,
             marker={"color": s.colour, "size": 7, "symbol": symbols, "line": {"width": 2, "color": s.colour}},
-            error_y=error_bars(scale, values, intervals[:, 0], intervals[:, 1], s.colour), hovertext=hover, hoverinfo="text",
+            error_y=error_bars(scale, values, intervals[:, 0], intervals[:, 1], s.colour), hovertext=texts, hoverinfo="text",
         )
         shown.add(s.name)
     figure.update_xaxes(title_text="rank", type="category", categoryorder="array", showgrid=False, tickangle=0, nticks=13)
@@ -155,7 +157,7 @@ def _eigenvalues_over_tag(parts: Sequence[tuple[Series, Eigenpairs, list[str]]],
             figure.add_scatter(
                 x=[at for at, _, _ in members], y=scale.place(values), mode="lines+markers", name=plain(f"{group}, rank {rank}"),
                 line={"color": colour}, error_y=error_bars(scale, values, ends[:, 0], ends[:, 1], colour), customdata=values,
-                hovertemplate="%{customdata:.5g}",
+                hovertemplate=hover(f"{group}, rank {rank}", "%{customdata:.5g}"),
             )
     figure.update_xaxes(title_text=plain(parts[0][0].axis))
     figure.update_yaxes(**scale.axis(title, np.concatenate([array(pairs.values) for _, pairs, _ in parts])))
@@ -175,7 +177,7 @@ def draw_densities(series: Sequence[Series]) -> list[Drawing]:
         figure.add_scatter(
             x=scale.place(x), y=np.where(y > 0, y, np.nan), mode="lines", name=plain(s.name), legendgroup=s.name, customdata=x,
             line={"color": s.colour, "width": 2}, fill="tozeroy" if len(series) <= 2 else None, fillcolor=translucent(s.colour, 0.12),
-            hovertemplate="eigenvalue %{customdata:.4g}<br>density %{y:.3g}",
+            hovertemplate=hover(s.name, "eigenvalue %{customdata:.4g}<br>density %{y:.3g}"),
         )
         figure.add_scatter(
             x=scale.place(np.repeat(atoms, 3)), y=np.tile([single / 1e3, single, np.nan], len(atoms)), mode="lines", legendgroup=s.name,
@@ -183,7 +185,8 @@ def draw_densities(series: Sequence[Series]) -> list[Drawing]:
         )
         figure.add_scatter(
             x=scale.place(atoms), y=np.full(len(atoms), single), mode="markers", marker={"color": s.colour, "size": 7, "symbol": "diamond"},
-            legendgroup=s.name, showlegend=False, customdata=atoms, name=plain(s.name), hovertemplate="verified eigenvalue %{customdata:.4g}",
+            legendgroup=s.name, showlegend=False, customdata=atoms, name=plain(s.name),
+            hovertemplate=hover(s.name, "verified eigenvalue %{customdata:.4g}"),
         )
         peaks.append(float(np.nanmax(y, initial=single)))
         floors.append(single)
@@ -254,10 +257,11 @@ def draw_curves(series: Sequence[Series]) -> list[Drawing]:
                 )
         figure.add_scatter(
             x=x, y=y, mode="lines+markers" if len(x) <= 40 else "lines", name=plain(s.name), legendgroup=s.name,
-            line={"color": s.colour, "dash": s.dash, "width": 2}, marker={"size": 5, "color": s.colour}, hovertemplate="%{y:.4g}",
+            line={"color": s.colour, "dash": s.dash, "width": 2}, marker={"size": 5, "color": s.colour},
+            hovertemplate=hover(s.name, "(%{x:.4g}, %{y:.4g})"),
         )
     first: Curve = series[0].result
     figure.update_xaxes(**x_scale.axis(plain(first.xlabel), xs))
     figure.update_yaxes(**y_scale.axis(named(first.ylabel or first.label, first.unit), ys))
-    figure.update_layout(showlegend=len(series) > 1, hovermode="x unified" if len(series) <= 6 else "closest")
+    figure.update_layout(showlegend=len(series) > 1)
     return [Drawing(figure, "Bands: 95 % intervals." if banded else "")]

@@ -24,10 +24,10 @@ def draw_bars(series: Sequence[Series]) -> list[Drawing]:
         ends = np.array([cell_interval(row, table.y) for row in shown], dtype=np.float64).reshape(-1, 2)
         every += values.tolist()
         names = [plain(row.get(table.x, i), 30) for i, row in enumerate(shown)]
-        hover = [f"{name}: {format_number(float(v), *map(float, end))}" for name, v, end in zip(names, values, ends, strict=True)]
+        texts = [f"{plain(s.name)}, {name}: {format_number(float(v), *map(float, end))}" for name, v, end in zip(names, values, ends, strict=True)]
         figure.add_bar(
-            y=names, x=values, orientation="h", name=plain(s.name), marker={"color": s.colour, "line": {"width": 0}}, hovertext=hover,
-            hoverinfo="text+name", error_x=error_bars(Scale(), values, ends[:, 0], ends[:, 1], NEUTRAL, width=3), textposition="none",
+            y=names, x=values, orientation="h", name=plain(s.name), marker={"color": s.colour, "line": {"width": 0}}, hovertext=texts,
+            hoverinfo="text", error_x=error_bars(Scale(), values, ends[:, 0], ends[:, 1], NEUTRAL, width=3), textposition="none",
         )
     scale = choose_scale(every)
     scale = scale if scale.kind == "log" else Scale()  # a bar has to start somewhere, so only positive values may be spread

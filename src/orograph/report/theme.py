@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -109,11 +110,16 @@ def choose_scale(values: ArrayLike, *, signed: bool = True) -> Scale:
 
 
 def plain(text: object, longest: int = 200) -> str:
-    """User's text for a figure: Plotly reads tags and entities, so they are escaped; the middle of a long text is left out."""
+    """User's text for a figure: Plotly reads tags, entities and templates, so they are escaped; the middle of a long text is left out."""
     words = str(text)
     if len(words) > longest:
         words = words[: longest // 2] + "…" + words[-(longest // 2) + 1 :]
-    return html.escape(words, quote=False)
+    return html.escape(words, quote=False).replace("{", "&#123;")
+
+
+def hover(name: str, template: str) -> str:
+    """Plotly's template of the words beside the pointer; `name` is only text, whatever it holds."""
+    return f"{plain(name)}<br>{template}<extra></extra>"
 
 
 def sentence(text: str) -> str:
@@ -122,8 +128,8 @@ def sentence(text: str) -> str:
 
 
 def named(title: str, unit: str) -> str:
-    """An axis title with its unit."""
-    return plain(f"{title} [{unit}]" if unit and title else title or unit)
+    """An axis title with its unit, broken into lines that fit a narrow screen."""
+    return "<br>".join(plain(line) for line in textwrap.wrap(f"{title} [{unit}]" if unit and title else title or unit, 28))
 
 
 def layout(height: int = 340, **settings: Any) -> go.Layout:
