@@ -17,7 +17,7 @@ from orograph.encoding import decode, encode
 from orograph.errors import OrographWarning, RecordError
 from orograph.records import Record, Records, load_records, save_records
 from orograph.results import Curve, Density, Eigenpairs, Estimate, Point, Spectrum, Surface, Table
-from orograph.scalars import format_number, scalars
+from orograph.scalars import scalars
 
 STORED = Path(__file__).parent / "data" / "schema-1"
 
@@ -289,20 +289,6 @@ def test_frame_without_pandas_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match=r"pip install 'orograph\[frames\]'"):
         Records().to_frame()
-
-
-@pytest.mark.parametrize(
-    ("numbers", "text"),
-    [
-        ((12.3456, 12.1, 12.6), "12.35 [12.10, 12.60]"), ((0.0123, 0.0113, 0.0133), "0.0123 [0.0113, 0.0133]"),
-        ((12345.0, 11845.0, 12845.0), "12345 [11845, 12845]"), ((2.5e7, 2.4e7, 2.6e7), "2.50e+07 [2.40e+07, 2.60e+07]"),
-        ((-3e-6, -5e-6, -1e-6), "-3.0e-06 [-5.0e-06, -1.0e-06]"), ((1.0, 1.0 - 1e-9, 1.0 + 1e-9), "1 ± 1e-09"),
-        ((3.14159,), "3.142"), ((2.0, 2.0, 2.0), "2"), ((math.nan,), "nan"), ((math.inf,), "inf"), ((0.0,), "0"), ((123456,), "123,456"),
-        ((1.0, -math.inf, math.inf), "1 [-inf, inf]"), ((math.inf, math.inf, math.inf), "inf"), ((0.0, -1.0, 1.0), "0.0 [-1.0, 1.0]"),
-    ],
-)
-def test_numbers_show_the_digits_that_their_interval_supports(numbers, text):
-    assert format_number(*numbers) == text
 
 
 def test_stored_example_of_schema_1_loads():
