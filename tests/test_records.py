@@ -216,8 +216,7 @@ def _append(folder: str, writer: int, count: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_processes_share_a_folder(tmp_path):
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_append, args=(str(tmp_path), writer, 15)) for writer in range(2)]
+    processes = [multiprocessing.get_context("fork").Process(target=_append, args=(str(tmp_path), writer, 15)) for writer in range(2)]
     for process in processes:
         process.start()
     for process in processes:
