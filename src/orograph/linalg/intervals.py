@@ -53,7 +53,8 @@ def spread(forms: Tensor, tangents: Tensor, dependence: float, noise: float) -> 
         skewness = min(max(4 * joint / (2 * mean) ** 1.5, -MAX_SKEW), MAX_SKEW)
         concentration = min(max(float(tangents.var()) / (2 * mean**2), skewness**2 / 8, 1e-9), 1.0)
     sem = math.sqrt(dependence * 2 * mean / count + noise**2)
-    return Moments(value, sem, count / (concentration * dependence), skewness * math.sqrt(dependence / count), noise)
+    dof = max(count / (concentration * dependence), 1.0)  # below 1 the quantiles of t say nothing any more
+    return Moments(value, sem, dof, skewness * math.sqrt(dependence / count), noise)
 
 
 @dataclass(frozen=True)
