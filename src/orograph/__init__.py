@@ -1,0 +1,71 @@
+"""Orograph maps the loss landscape of real neural networks: certified curvature, with its error and its cost.
+
+>>> objective = Objective(model, nn.CrossEntropyLoss(), (inputs, targets))
+>>> record = measure(objective, "spectrum")
+>>> print(record)
+"""
+
+from . import probes as _probes  # noqa: F401  (registers the built-in probes)
+from .curvature import block, fisher, ggn, hessian, preconditioned
+from .errors import (
+    NotDeterministic,
+    NotDifferentiable,
+    OrographError,
+    OrographWarning,
+    OutOfBudget,
+    PreflightFailed,
+    RecordError,
+)
+from .linalg.density import spectral_density
+from .linalg.eigen import eigenpairs
+from .linalg.operator import LinearOperator
+from .linalg.spectra import spectrum
+from .linalg.traces import diagonal, trace
+from .objective import Objective
+from .paths import Line
+from .records import Record, Records, load_records, save_records
+from .registry import Subject, list_probes, measure, measure_all, probe
+from .report import write_report
+from .results import Curve, Density, Eigenpairs, Estimate, Point, Result, Spectrum, Surface, Table
+
+__all__ = [
+    "Curve",
+    "Density",
+    "Eigenpairs",
+    "Estimate",
+    "Line",
+    "LinearOperator",
+    "NotDeterministic",
+    "NotDifferentiable",
+    "Objective",
+    "OrographError",
+    "OrographWarning",
+    "OutOfBudget",
+    "Point",
+    "PreflightFailed",
+    "Record",
+    "RecordError",
+    "Records",
+    "Result",
+    "Spectrum",
+    "Subject",
+    "Surface",
+    "Table",
+    "block",
+    "diagonal",
+    "eigenpairs",
+    "fisher",
+    "ggn",
+    "hessian",
+    "list_probes",
+    "load_records",
+    "measure",
+    "measure_all",
+    "preconditioned",
+    "probe",
+    "save_records",
+    "spectral_density",
+    "spectrum",
+    "trace",
+    "write_report",
+]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -77,6 +77,15 @@ class Criterion:
             raise TypeError(f"the loss of single examples is not known for {self.name}: pass one of torch's own losses.")
         return self.function(output, target, **(self.settings | {"reduction": "none"}))
 
+    def in_double(self) -> Criterion:
+        """The same loss with its own tensors in float64, as far as they can be reached."""
+        double = lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v  # noqa: E731
+        settings = {name: double(value) for name, value in self.settings.items()}
+        if self.function is not None:
+            return replace(self, call=functools.partial(self.function, **settings), settings=settings)
+        call = copy.deepcopy(self.call).double() if isinstance(self.call, nn.Module) else self.call
+        return replace(self, call=call)
+
     def weighs_positions(self, target: Any) -> bool:
         """Whether the targets are class indices, each position with a weight of its own."""
         return self.family in ("cross_entropy", "nll") and not target.is_floating_point()
@@ -110,20 +119,20 @@ def as_criterion(criterion: Any, model: nn.Module, device: torch.device | None, 
     return Criterion(call, family, function, settings, reduction, name)
 
 
-def accuracy_count(criterion: Criterion, output: Any, target: Any) -> tuple[float, float] | None:
-    """(correct, counted) predictions of a classifier's batch, or None where the loss is no classification."""
+def correct_predictions(criterion: Criterion, output: Any, target: Any) -> tuple[Tensor, Tensor] | None:
+    """(correct, counted), 0 or 1 for every position of a classifier's batch; None where the loss is no classification."""
     if not (isinstance(output, Tensor) and isinstance(target, Tensor)):
         return None
     if criterion.family in ("cross_entropy", "nll"):
         axis = 1 if output.ndim > 1 else 0
         predicted = output.argmax(axis)
         if target.is_floating_point():
-            return float((predicted == target.argmax(axis)).sum()), float(predicted.numel())
+            return (predicted == target.argmax(axis)).double(), torch.ones_like(predicted, dtype=torch.float64)
         kept = target != criterion.settings.get("ignore_index", -100)
-        return float(((predicted == target) & kept).sum()), float(kept.sum())
+        return ((predicted == target) & kept).double(), kept.double()
     if criterion.function in (F.binary_cross_entropy, F.binary_cross_entropy_with_logits):
         threshold = 0.0 if criterion.function is F.binary_cross_entropy_with_logits else 0.5
-        return float(((output > threshold) == (target > 0.5)).sum()), float(target.numel())
+        return ((output > threshold) == (target > 0.5)).double(), torch.ones_like(target, dtype=torch.float64)
     return None
 
 

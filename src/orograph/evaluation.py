@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .criteria import accuracy_count
+from .criteria import correct_predictions
 from .errors import NotDifferentiable
 from .layout import Layout
 from .terms import Recipe, Terms
@@ -60,35 +61,45 @@ def all_metrics(terms: Terms, metrics: Mapping[str, Metric]) -> dict[str, float]
             output = term.output()
             value += float(term.loss_of(output).detach()) * term.weight
             found: dict[str, Any] = {}
-            if recipe.criterion is not None:
-                found = {"accuracy": accuracy_count(recipe.criterion, output, term.target)}
+            if recipe.criterion is not None and (right := correct_predictions(recipe.criterion, output, term.target)) is not None:
+                found = {"accuracy": (float(right[0].sum()), float(right[1].sum()))}
             for name, metric in metrics.items():
                 result = metric(output, term.target) if recipe.batch_loss is None else metric(recipe.model, term.batch)
                 found[name] = result if isinstance(result, tuple) else (float(result) * term.examples, term.examples)
             for name, pair in found.items():
-                if pair is not None:
-                    total, count = sums.get(name, (0.0, 0.0))
-                    sums[name] = (total + float(pair[0]), count + float(pair[1]))
+                total, count = sums.get(name, (0.0, 0.0))
+                sums[name] = (total + float(pair[0]), count + float(pair[1]))
     return {"loss": value} | {name: total / count for name, (total, count) in sums.items() if count}
 
 
-def example_losses(terms: Terms) -> tuple[Tensor, Tensor] | None:
-    """(total, count) of the loss of every example (N,), so that L = sum(total) / sum(count); None where the loss is not torch's own.
+@dataclass(frozen=True)
+class PerExample:
+    """A quantity of every example: its mean over the data is sum(total) / sum(count). An example is one row of the output."""
 
-    An example is one row of the output. For reduction="sum" every count is 1/N.
-    """
-    recipe = terms.recipe
-    if recipe.criterion is None or recipe.criterion.function is None or recipe.count is not None:
-        return None
-    totals, counts = [], []
+    total: Tensor  # (N,)
+    count: Tensor  # (N,)
+
+    @property
+    def mean(self) -> float:
+        return float(self.total.sum() / self.count.sum())
+
+
+def per_example(terms: Terms) -> dict[str, PerExample]:
+    """The "loss" of every example, where the loss is one of torch's own, and the "error" (0 or 1), where it is a classification."""
+    criterion = terms.recipe.criterion
+    if criterion is None or criterion.function is None or terms.recipe.count is not None:
+        return {}
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     with torch.no_grad():
         for term in terms:
-            each = recipe.criterion.each(term.output(), term.target)
-            rows = each.reshape(len(each), -1).double()
-            totals.append(rows.sum(dim=1))
-            if recipe.criterion.weighs_positions(term.target):
-                counts.append(recipe.criterion.unit_weights(term.target).reshape(len(each), -1).sum(dim=1))
-            else:
-                counts.append(torch.full_like(totals[-1], term.units / len(each)))
-    total, count = torch.cat(totals), torch.cat(counts)
-    return total, count if recipe.weighs else torch.full_like(total, 1 / len(total))
+            output = term.output()
+            rows = lambda tensor: tensor.reshape(len(tensor), -1).double().sum(dim=1)  # noqa: E731
+            loss = rows(criterion.each(output, term.target))
+            weights = rows(criterion.unit_weights(term.target)) if criterion.weighs_positions(term.target) else torch.full_like(loss, term.units / len(loss))
+            parts.setdefault("loss", []).append((loss, weights))
+            if (right := correct_predictions(criterion, output, term.target)) is not None:
+                parts.setdefault("error", []).append((rows(right[1] - right[0]), rows(right[1])))
+    found = {name: PerExample(torch.cat([t for t, _ in pairs]), torch.cat([c for _, c in pairs])) for name, pairs in parts.items()}
+    if not terms.recipe.weighs:
+        found["loss"] = PerExample(found["loss"].total, torch.full_like(found["loss"].total, 1 / len(found["loss"].total)))
+    return found

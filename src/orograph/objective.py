@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .batches import is_pair, read_batches, take_rows
+from .batches import is_pair, map_tensors, read_batches, take_rows
 from .criteria import as_criterion
 from .errors import NotDeterministic
-from .evaluation import Metric, all_metrics, example_losses, total_gradient, total_loss
+from .evaluation import Metric, PerExample, all_metrics, per_example, total_gradient, total_loss
 from .layout import Layout, select_layout
 from .linalg.operator import Space
 from .points import differs_outside, read_point, snapshot
@@ -254,10 +254,10 @@ class Objective:
         with self.applied():
             return all_metrics(self.terms(), self._setup.metrics)
 
-    def example_losses(self) -> tuple[Tensor, Tensor] | None:
-        """(total, count) of the loss of every example (N,), so that L = sum(total) / sum(count); None where the loss is not torch's own."""
+    def per_example(self) -> dict[str, PerExample]:
+        """The "loss" and the "error" of every example, as far as the criterion gives them. One forward pass."""
         with self.applied():
-            return example_losses(self.terms())
+            return per_example(self.terms())
 
     # -- other points, other data --------------------------------------------------------------------------------------------
 
@@ -314,6 +314,23 @@ class Objective:
             if len(rows):
                 parts.append(take_rows(batch, rows))
         return self.on(parts)
+
+    def in_double(self, examples: int) -> Objective:
+        """A float64 copy over the first batch's first examples (all of it, where batches must not be cut), for proofs."""
+        setup = self._setup
+        double = lambda t: t.double() if t.is_floating_point() else t  # noqa: E731
+        with self.applied():
+            term = next(iter(setup.terms))
+            whole = setup.mode == "batch" or self.recipe.batch_loss is not None
+            rows = torch.arange(term.examples if whole else min(examples, term.examples))
+            few = term if whole else replace(term, batch=take_rows(term.batch, rows))
+            batch = few.batch if few.count_units() > 0 else term.batch
+        recipe = replace(self.recipe, criterion=self.recipe.criterion and self.recipe.criterion.in_double())
+        point = replace(self._point, theta=self.theta.double(), buffers=map_tensors(double, dict(self._point.buffers)), frozen=map_tensors(double, dict(self._point.frozen)))
+        other = Objective.__new__(Objective)
+        other._stand(replace(setup, recipe=recipe, dtype=torch.float64, volatile=()), point)
+        other._setup = other._with_data([map_tensors(double, batch)], None)
+        return other
 
     def state_dict(self, point: Source = None) -> dict[str, Any]:
         """A point as a checkpoint of the model: what `model.state_dict()` would hold there, in the model's own precision."""

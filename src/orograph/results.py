@@ -59,9 +59,9 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Eigenpairs:
-    """Eigenvalues and eigenvectors of a symmetric operator, each with its true residual.
+    r"""Eigenvalues and eigenvectors of a symmetric operator, each with its true residual.
 
-    `values` (k,) · `vectors` (n, k), orthonormal columns · `residuals` (k,): $\\|A v - \\lambda v\\|$, computed with one product
+    `values` (k,) · `vectors` (n, k), orthonormal columns · `residuals` (k,): $\|A v - \lambda v\|$, computed with one product
     per pair after the iteration · `converged` (k,) · `intervals` (k, 2): each contains an eigenvalue of the operator · `missed`:
     bound on the chance that an eigenvalue farther out than those reported went unseen · `products` · `status` of the worst pair.
     """
@@ -80,9 +80,9 @@ class Eigenpairs:
 
 @dataclass(frozen=True, kw_only=True)
 class Density:
-    """Distribution of an operator's eigenvalues: exact atoms plus a quadrature rule for the rest.
+    r"""Distribution of an operator's eigenvalues: exact atoms plus a quadrature rule for the rest.
 
-    $\\phi(x) = \\frac1n \\sum_a \\delta(x - \\lambda_a) + \\frac1s \\sum_{i,j} w_{ij}\\, \\delta(x - x_{ij})$.
+    $\phi(x) = \frac1n \sum_a \delta(x - \lambda_a) + \frac1s \sum_{i,j} w_{ij}\, \delta(x - x_{ij})$.
     `nodes`, `weights` (s, m): one row per sample; each row sums to 1 - len(atoms)/n · `atoms` (a,): eigenvalues with a verified
     residual, each of weight 1/n · `size`: n · `width`: standard deviation of the Gaussian by which `pdf` draws the rest.
     """

@@ -1,0 +1,110 @@
+"""The demo: the same small network trained with small and with large batches to the same loss, measured and compared."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .objective import Objective
+from .progress import Progress
+from .records import Record, Records, save_records
+from .registry import measure, measure_all
+from .report import write_report
+from .results import Spectrum
+from .studies.problems import digits, mlp
+from .studies.training import train_to_loss
+
+WIDTHS = (64, 32, 10)
+RUNS = {"small batch": 16, "large batch": 400}
+LEARNING_RATE = 0.2
+TARGET = 0.05
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo leaves behind."""
+
+    records: Records
+    table: list[tuple[str, str, str, str]]  # quantity, small batch, large batch, what it means
+    report: Path
+    seconds: float
+
+
+def run_demo(folder: Path, *, seed: int = 0, progress: Progress = None) -> Demo:
+    """Train twice, measure both networks and the line between them, write records and report into `folder`."""
+    began = time.perf_counter()
+    problem = digits()
+    start = mlp(*WIDTHS, seed=seed)
+    networks: dict[str, nn.Module] = {}
+    for name, batch_size in RUNS.items():
+        network = copy.deepcopy(start)
+        result = train_to_loss(
+            network, problem.train, batch_size=batch_size, learning_rate=LEARNING_RATE, target=TARGET, seed=seed, progress=progress, title=f"training, {name}"
+        )
+        if not result.reached:
+            raise RuntimeError(f"the demo's training with the {name} stopped at loss {result.loss:.3g}, above {TARGET}.")
+        networks[name] = network
+    objective = Objective(networks["small batch"], nn.CrossEntropyLoss(), problem.train)
+    held_out = objective.on(problem.held_out)
+    records: list[Record] = []
+    for name, network in networks.items():
+        here = objective.at(objective.point(network, label=name))
+        records += measure_all(here, ["gradient", "spectrum"], tags={"batch size": RUNS[name]}, progress=progress, settings={"spectrum": {"rel_error": 0.02}})
+    ends = [objective.point(network, label=name) for name, network in networks.items()]
+    records.append(measure(objective, "barrier", *ends, held_out=held_out, progress=progress))
+    accuracies = {name: held_out.at(network).metrics()["accuracy"] for name, network in networks.items()}
+    kept = Records(records)
+    save_records(kept, folder / "records")
+    page = write_report(kept, folder / "report.html")
+    return Demo(kept, _table(kept, accuracies), page, time.perf_counter() - began)
+
+
+def _table(records: Records, held_out: dict[str, float]) -> list[tuple[str, str, str, str]]:
+    """Every quantity for both networks, with a sentence on what it says."""
+    of = {(record.probe, record.label): record for record in records}
+    names = list(RUNS)
+    gradients: list[Any] = [of["gradient", name] for name in names]
+    spectra: list[Any] = [of["spectrum", name]["spectrum"] for name in names]
+    row = lambda title, cells, meaning: (title, *cells, meaning)  # noqa: E731
+    layers = [max(g["layers"].rows, key=lambda r: r["norm"]) for g in gradients]
+    flatter = names[0] if spectra[0].top.values[0] < spectra[1].top.values[0] else names[1]
+    better = max(held_out, key=lambda name: held_out[name])
+    agree = "the flatter network also generalises better here" if better == flatter else "the flatter network does not generalise better here"
+    barrier: Any = next(record for record in records if record.probe == "barrier")
+    return [
+        row("training loss", [f"{g['loss'].value:.4f}" for g in gradients], "the same by construction: both stopped there"),
+        row("training accuracy", [f"{g['accuracy'].value:.1%}" for g in gradients], "share of training digits read rightly"),
+        row("held-out accuracy", [f"{held_out[name]:.1%}" for name in names], f"share of unseen digits read rightly; {agree} (one run proves nothing)"),
+        row("gradient norm", [f"{g['norm'].value:.4f}" for g in gradients], "how steep the loss is here; zero at a minimum"),
+        row("steepest layer", [f"{r['name']} ({r['norm']:.3f})" for r in layers], "where most of the gradient is"),
+        row("lambda_max", [_pair(s, "top", 0) for s in spectra], "curvature along the sharpest direction"),
+        row("2 / lambda_max", [f"{2 / float(s.top.values[0]):.3f}" for s in spectra], f"largest stable learning rate of plain gradient descent; training used {LEARNING_RATE}"),
+        row("lambda_1 ... lambda_10", [f"{float(s.top.values[0]):.3g} ... {float(s.top.values[-1]):.3g}" for s in spectra], "the sharp directions: for 10 classes, about 10 stand out"),
+        row("lambda_min", [_pair(s, "bottom", 0) for s in spectra], "negative: a direction in which the loss still curves down"),
+        row("trace", [_interval(s) for s in spectra], "noise of size sigma on every weight raises the loss by sigma^2/2 times this"),
+        row("negative eigenvalues", [f"{float(s.negative_mass.value):.0%}" for s in spectra], "share of all directions that curve down, most of them by very little"),
+        row("products spent", [f"{of['spectrum', name].products}" for name in names], "Hessian-vector products; each costs about 3 gradients"),
+        row("status", [of["spectrum", name].status for name in names], "whether every number reached the asked precision"),
+        ("barrier between them", *[_barrier(barrier)], "", "loss on the straight line above the chord between its ends"),
+    ]
+
+
+def _pair(s: Spectrum, end: str, index: int) -> str:
+    pairs = s.top if end == "top" else s.bottom
+    return f"{float(pairs.values[index]):.4f} ± {float(pairs.intervals[index, 1] - pairs.values[index]):.0e}"
+
+
+def _interval(s: Spectrum) -> str:
+    low, high = s.trace.interval()
+    return f"{float(s.trace.value):.1f} [{float(low):.1f}, {float(high):.1f}]"
+
+
+def _barrier(record: Any) -> str:
+    row = next(r for r in record["barriers"].rows if r["definition"] == "over the chord" and r["metric"] == "loss" and r["split"] == "train")
+    return f"{row['value']:.3f} at t = {row['t']:.2f}"

@@ -1,0 +1,30 @@
+"""Loss, accuracy and gradient at a point."""
+
+from __future__ import annotations
+
+from ..registry import Results, Subject, probe
+from ..results import Estimate, Result, Table
+
+
+def _says(results: Results) -> str:
+    norm, layers = results["norm"], results["layers"]
+    assert isinstance(norm, Estimate) and isinstance(layers, Table)
+    largest = max(layers.rows, key=lambda row: float(row["norm"]))
+    share = largest["norm"] ** 2 / float(norm.value) ** 2 if norm.value else 0.0
+    return f"The gradient norm is {float(norm.value):.3g}; {share:.0%} of its square is in {largest['name']}."
+
+
+@probe(says=_says)
+def gradient(subject: Subject) -> dict[str, Result]:
+    r"""Gradient norm $\|\nabla L\|_2$, whole and per parameter, with loss and accuracy where they are taken. One gradient and one forward."""
+    objective = subject.objective
+    g, theta = objective.gradient(), objective.theta
+    metrics = objective.metrics()
+    norm = lambda vector: float(objective.space.norm(vector))  # noqa: E731
+    rows = [{"name": name, "norm": norm(g[objective.layout[name]]), "weight_norm": norm(theta[objective.layout[name]])} for name in objective.names]
+    results: dict[str, Result] = {name: Estimate(value=value, label=name) for name, value in metrics.items()}
+    if "accuracy" not in metrics:
+        subject.missing["accuracy"] = "the loss is no classification that Orograph knows"
+    results["norm"] = Estimate(value=norm(g), label="gradient norm")
+    results["layers"] = Table(rows=rows, x="name", y="norm", draw="bars", label="gradient norm by parameter")
+    return results

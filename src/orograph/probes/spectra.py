@@ -1,0 +1,28 @@
+"""The Hessian's spectrum at a point."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..linalg.spectra import spectrum as spectrum_of
+from ..registry import Results, Subject, probe
+from ..results import Result, Spectrum
+
+
+def _says(results: Results) -> str:
+    s: Any = results["spectrum"]
+    assert isinstance(s, Spectrum)
+    largest, smallest = float(s.top.values[0]), float(s.bottom.values[0])
+    stable = f"plain gradient descent is stable near here up to a learning rate of 2/lambda_max = {2 / largest:.3g}" if largest > 0 else "there is no direction of positive curvature"
+    low, high = s.trace.interval()
+    sign = "indefinite" if smallest < 0 < largest else "positive semi-definite" if largest > 0 else "negative semi-definite"
+    return (
+        f"The largest Hessian eigenvalue is {largest:.4g}: {stable}. The trace is {float(s.trace.value):.4g} (95 %: {float(low):.4g} to {float(high):.4g}), "
+        f"and the Hessian is {sign}: its smallest eigenvalue is {smallest:.3g}, and {float(s.negative_mass.value):.0%} of all are negative."
+    )
+
+
+@probe(says=_says)
+def spectrum(subject: Subject, *, k: int = 10, rel_error: float = 0.05, max_products: int = 1000, seed: int = 0) -> dict[str, Result]:
+    """Both ends, trace and density of the Hessian's eigenvalues; see `orograph.spectrum`."""
+    return {"spectrum": spectrum_of(subject.hessian(), k=k, rel_error=rel_error, max_products=max_products, seed=seed, progress=subject.progress)}

@@ -1,0 +1,214 @@
+"""Probes by name: a function that takes a `Subject` and returns results becomes a command, a record and a section of the report.
+
+To add one: a file in `probes/` (or in your own code) with a function under `@probe`; nothing else needs to change.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from .curvature import hessian
+from .linalg.operator import LinearOperator
+from .objective import Objective
+from .progress import Progress
+from .records import Record, Records
+from .results import Point, Result, worst_status
+
+Results = Mapping[str, Result]
+Says = Callable[[Results], str]
+
+
+@dataclass
+class Shared:
+    """Operators that several probes of one measurement use, so that none is built or proven twice."""
+
+    operators: dict[str, LinearOperator] = field(default_factory=dict)
+
+    @property
+    def products(self) -> int:
+        return sum(op.products for op in self.operators.values())
+
+
+@dataclass
+class Subject:
+    """What a probe measures: the `objective` at its point, `held_out` data where given; and where it says what it could not."""
+
+    objective: Objective
+    held_out: Objective | None = None
+    progress: Progress = None
+    shared: Shared = field(default_factory=Shared)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def hessian(self) -> LinearOperator:
+        """The Hessian at the objective's point, built once per measurement."""
+        if "hessian" not in self.shared.operators:
+            self.shared.operators["hessian"] = hessian(self.objective)
+        return self.shared.operators["hessian"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A registered measurement."""
+
+    name: str
+    function: Callable[..., dict[str, Result]]
+    says: Says | None
+
+    @property
+    def points(self) -> list[str]:
+        """Names of the networks that it takes beside the subject; "*points" for any number."""
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        found = [p for p in self._parameters()[1:] if p.kind in kinds]
+        return [f"*{p.name}" if p.kind is inspect.Parameter.VAR_POSITIONAL else p.name for p in found]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Names and defaults of its settings."""
+        return {p.name: p.default for p in self._parameters() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    @property
+    def summary(self) -> str:
+        """First line of its docstring."""
+        return (inspect.getdoc(self.function) or "").split("\n")[0]
+
+    def _parameters(self) -> list[inspect.Parameter]:
+        return list(inspect.signature(self.function).parameters.values())
+
+
+_probes: dict[str, Probe] = {}
+
+
+def probe(function: Callable[..., dict[str, Result]] | None = None, *, says: Says | None = None) -> Any:
+    """Register a measurement under the function's name: `f(subject, *points, *, settings) -> {name: result}`.
+
+    `subject` is a `Subject`; the networks that the probe compares are positional parameters, its settings keyword-only with JSON
+    defaults. `says(results)` turns the results into one plain sentence, which is stored with them.
+    """
+
+    def register(f: Callable[..., dict[str, Result]]) -> Callable[..., dict[str, Result]]:
+        new = Probe(f.__name__, f, says)
+        known = _probes.get(new.name)
+        if known is not None and (known.function.__module__, known.function.__qualname__) != (f.__module__, f.__qualname__):
+            raise ValueError(f"@probe: there is already a probe {new.name!r}, in {known.function.__module__}. Choose another name.")
+        _probes[new.name] = new
+        return f
+
+    return register if function is None else register(function)
+
+
+def list_probes() -> list[str]:
+    """Names of all registered probes."""
+    return sorted(_probes)
+
+
+def find_probe(name: str) -> Probe:
+    """The probe called `name`."""
+    if name not in _probes:
+        raise ValueError(f"there is no probe {name!r}. There are: {', '.join(list_probes())}.")
+    return _probes[name]
+
+
+def measure(
+    objective: Objective,
+    name: str,
+    *points: Any,
+    held_out: Objective | None = None,
+    tags: Mapping[str, str | int | float] | None = None,
+    progress: Progress = None,
+    **settings: Any,
+) -> Record:
+    """Run one probe and record what it found, with settings and provenance.
+
+    One-point probes measure where the objective stands; the others take every network explicitly, as anything that
+    `objective.point` takes. `held_out`: the same loss on other data · `tags`: what tells this record from its siblings ·
+    `settings`: the probe's own. Raises TypeError for missing or surplus networks and unknown settings.
+    """
+    return _measure(Subject(objective, held_out, progress), find_probe(name), points, dict(tags or {}), settings)
+
+
+def measure_all(
+    objective: Objective,
+    names: Iterable[str],
+    *points: Any,
+    held_out: Objective | None = None,
+    tags: Mapping[str, str | int | float] | None = None,
+    progress: Progress = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Records:
+    """Run several probes that share their operators; `settings`: probe name -> its settings. Points go to the probes that take some."""
+    chosen = [find_probe(name) for name in names]
+    strangers = set(settings or {}) - {p.name for p in chosen}
+    if strangers:
+        raise ValueError(f"measure_all(settings=...) names {', '.join(sorted(strangers))}, which is not among the probes asked for.")
+    shared, records = Shared(), []
+    for one in chosen:
+        subject = Subject(objective, held_out, progress, shared)
+        records.append(_measure(subject, one, points if one.points else (), dict(tags or {}), dict((settings or {}).get(one.name, {}))))
+    return Records(records)
+
+
+def _measure(subject: Subject, one: Probe, points: tuple[Any, ...], tags: dict[str, str | int | float], settings: dict[str, Any]) -> Record:
+    networks = _networks(subject, one, points)
+    unknown = set(settings) - set(one.settings)
+    if unknown:
+        raise TypeError(f"{one.name} has no setting {', '.join(sorted(unknown))}. It has: {', '.join(one.settings) or 'none'}.")
+    before, began = subject.shared.products, time.perf_counter()
+    results = one.function(subject, *networks, **settings)
+    statuses = [result.status for result in results.values() if not isinstance(result, Point) and getattr(result, "status", None) is not None]
+    return Record(
+        probe=one.name,
+        results=results,
+        says=one.says(results) if one.says is not None else "",
+        missing=dict(subject.missing),
+        settings=one.settings | settings,
+        tags=tags,
+        provenance=_provenance(subject),
+        products=subject.shared.products - before,
+        reused=sum(getattr(result, "products", 0) for result in results.values()) - (subject.shared.products - before) if results else 0,
+        seconds=time.perf_counter() - began,
+        status=worst_status(statuses),
+        label=" – ".join(point.label for point in networks) or subject.objective.label,
+    )
+
+
+def _networks(subject: Subject, one: Probe, points: tuple[Any, ...]) -> list[Point]:
+    """The points given to a probe, read; TypeError if they are too few or too many."""
+    if subject.held_out is not None and subject.held_out.names != subject.objective.names:
+        raise ValueError("held_out is an objective of other parameters. Make it with objective.on(other_data).")
+    wanted = one.points
+    if not any(name.startswith("*") for name in wanted) and len(points) != len(wanted):
+        if not wanted:
+            raise TypeError(f"{one.name} measures the objective's own point and takes no further network. Use measure(objective.at(network), {one.name!r}).")
+        lacking = wanted[len(points) :]
+        problem = f"missing: {', '.join(lacking)}" if lacking else f"{len(points)} given"
+        raise TypeError(f"{one.name} compares {len(wanted)} networks ({', '.join(wanted)}); {problem}. Use measure(objective, {one.name!r}, {', '.join(wanted)}).")
+    names = [*wanted, *("" for _ in points)]
+    read = [subject.objective.network(point) for point in points]
+    defaults = [name if name and not name.startswith("*") else str(i + 1) for i, name in enumerate(names)]
+    alike = len({point.label for point in read}) < len(read)
+    return [replace(point, label=f"{point.label} {default}") if alike else point for point, default in zip(read, defaults, strict=False)]
+
+
+def _provenance(subject: Subject) -> dict[str, Any]:
+    objective = subject.objective
+    operators = {name: {key: value for key, value in op.about.items() if key != "fingerprints"} | {"memory": op.memory} for name, op in subject.shared.operators.items()}
+    return {
+        "orograph": version("orograph"),
+        "torch": torch.__version__,
+        "device": str(objective.device),
+        "dtype": str(objective.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "mode": objective.mode,
+        "parameters": objective.size,
+        "examples": objective.examples,
+        "units": objective.units,
+        "fingerprints": objective.fingerprints(),
+        "operators": operators,
+    }

@@ -1,0 +1,1 @@
+"""Studies: problems, training, and the claims that they test."""
