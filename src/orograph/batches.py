@@ -21,6 +21,7 @@ from .errors import NotDeterministic
 from .state import rng_kept
 
 Batch = Any
+Hashes = np.ndarray[Any, np.dtype[np.uint64]]  # one 64-bit number per example
 CACHE_BYTES = 256 * 2**20  # a loader's batches are kept in memory up to here; beyond, they are read anew in every pass
 DEFAULT_BATCH = 512
 
@@ -67,7 +68,7 @@ def take_rows(batch: Batch, rows: Tensor) -> Batch:
 class Reading:
     """What one pass over the data gave: a hash per example, in order, and how they were grouped."""
 
-    hashes: np.ndarray[Any, np.dtype[np.uint64]]
+    hashes: Hashes
     sizes: tuple[int, ...]
 
     @property
@@ -103,15 +104,25 @@ class Batches:
                 start += size
             return
         hashes: list[Any] = []
-        start = 0
         with rng_kept(), _generators_kept(self.generators):
-            for batch in self.source:
-                hashes.append(hash_examples(batch))
-                yield start, map_tensors(self.prepare, batch)
-                start += count_examples(batch)
+            for start, batch, found in self._read():
+                hashes.append(found)
+                yield start, batch
         now = Reading(np.concatenate(hashes), tuple(len(h) for h in hashes))
         if now.fingerprint != self.reading.fingerprint and (self.exact or len(now.hashes) != len(self.reading.hashes)):
             raise NotDeterministic(explain_difference(self.reading, now, self.source))
+
+    def twice(self) -> Iterator[Iterator[tuple[int, Batch]]]:
+        """Two passes straight from the source, the second with whatever random state the first has left."""
+        with rng_kept(), _generators_kept(self.generators):
+            for _ in range(2):
+                yield ((start, batch) for start, batch, _ in self._read())
+
+    def _read(self) -> Iterator[tuple[int, Batch, Hashes]]:
+        start = 0
+        for batch in self.source:
+            yield start, map_tensors(self.prepare, batch), hash_examples(batch)
+            start += count_examples(batch)
 
     @property
     def examples(self) -> int:
@@ -188,13 +199,15 @@ def adapt(data: Any, *, batch_size: int | None, whole: bool, opaque: bool) -> It
     return data
 
 
-_weights: dict[int, np.ndarray[Any, np.dtype[np.uint64]]] = {}
+_weights: dict[int, Hashes] = {}
 
 
-def hash_examples(batch: Batch) -> np.ndarray[Any, np.dtype[np.uint64]]:
+def hash_examples(batch: Batch) -> Hashes:
     """A 64-bit hash of every example of a batch (n,), from its bytes."""
     count = count_examples(batch)
     total = np.zeros(count, np.uint64)
+    if not count:
+        return total
     for salt, tensor in enumerate(tensors_in(batch), start=1):
         raw = tensor.detach().cpu().contiguous()
         per_example = raw.ndim > 0 and len(raw) == count
@@ -209,7 +222,7 @@ def hash_examples(batch: Batch) -> np.ndarray[Any, np.dtype[np.uint64]]:
     return _mix(total)
 
 
-def _mix(x: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+def _mix(x: Hashes) -> Hashes:
     """The finaliser of splitmix64 (Steele, Lea and Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

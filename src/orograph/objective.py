@@ -148,12 +148,15 @@ class Objective:
         batches = read_batches(data, batch_size=batch_size, prepare=prepare, whole=whole, opaque=ready)
         if whole and min(batches.reading.sizes) < 2:
             raise ValueError('mode="batch" needs batches of at least 2 examples: BatchNorm has no statistics of a single one. Drop or merge the smallest batch.')
+        untouched = {name: tensor.clone() for name, tensor in self._point.buffers.items()}
         with self.applied():
             terms = weigh(recipe, batches)
             volatile = prove_still(next(iter(terms)), self._point.buffers)
             prove_weighting(terms, couples=whole)
             if not batches.exact:
                 prove_passes_agree(terms)
+        for name, tensor in untouched.items():
+            self._point.buffers[name].copy_(tensor)  # a forward that writes to buffers has done so to the snapshot's
         return replace(setup, terms=terms, volatile=tuple(volatile))
 
     # -- what it is ----------------------------------------------------------------------------------------------------------
