@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .errors import OrographWarning
 from .layout import select_names
 from .linalg.operator import LinearOperator, Matmat, Space
 from .objective import Objective
@@ -41,6 +43,14 @@ def ggn(objective: Objective, *, engine: Engine = "auto", check: bool = True, me
     """
     _check(objective, engine, ("auto", "fresh"))
     _needs_output(objective, "ggn")
+    criterion = objective.recipe.criterion
+    if criterion is not None and criterion.family == "nll":
+        warnings.warn(
+            "the negative log-likelihood is linear in the outputs (log-probabilities), so its Gauss-Newton matrix is zero. "
+            "Use cross-entropy on logits, or fisher, which is the same matrix in expectation.",
+            OrographWarning,
+            stacklevel=2,
+        )
     return _operator(objective, lambda o: jacobian_sandwich(o, loss_hessian), "ggn", "fresh", check, memory)
 
 

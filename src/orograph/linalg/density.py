@@ -67,7 +67,7 @@ def spectral_density(
 
 def _add_sample(op: LinearOperator, state: State, steps: int, seed: int, index: int, note: object) -> State:
     """The state with one more sample's nodes and weights; the first sample also finds the atoms and the bulk's moments."""
-    deflated = state.get("vectors", torch.zeros(0, op.size, dtype=op.dtype, device=op.device))
+    deflated = state.get("vectors", torch.zeros(0, op.size, dtype=op.dtype)).to(op.device)
     krylov = Krylov(op, steps, deflated)
     if not krylov.begin(op.space.sample(seed, index, "sphere")):
         raise ValueError("spectral_density: the verified outliers span the whole space. The operator is small: use op.dense().")

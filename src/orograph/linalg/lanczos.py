@@ -116,7 +116,7 @@ class Krylov:
         """
         if self.size + len(self.deflated) >= self.op.size:
             return 0.0
-        last = math.log(max(self.beta, torch.finfo(self.op.dtype).eps * self.scale)) if self.exhausted else 0.0
+        last = math.log(max(self.beta, torch.finfo(self.op.dtype).eps * self.scale, 1e-300)) if self.exhausted else 0.0
         values, _, _ = self.ritz()
         roots = torch.cat([values, self.discarded])
         logs = torch.log((value - roots).abs().clamp(min=torch.finfo(torch.float64).tiny))

@@ -96,16 +96,16 @@ class Search:
 
     def state(self) -> State:
         k = self.krylov
-        numbers = torch.tensor([self.starts, self.products, k.size, k.beta, k.log_betas, k.scale], dtype=torch.float64)
+        numbers = torch.tensor([self.starts, self.products, k.size, k.beta, k.log_betas, k.scale, k.capacity], dtype=torch.float64)
         return {
             "basis": k.basis[: k.size + 1], "T": k.T[: k.size, : k.size].clone(), "locked": self.locked, "values": self.values,
             "discarded": k.discarded, "numbers": numbers,
         }  # fmt: skip
 
     @classmethod
-    def resumed(cls, op: LinearOperator, capacity: int, state: State) -> Search:
-        starts, products, size, beta, log_betas, scale = state["numbers"].tolist()
-        krylov = Krylov(op, capacity, state["locked"], size=int(size), beta=beta, log_betas=log_betas, scale=scale, discarded=state["discarded"].cpu())
+    def resumed(cls, op: LinearOperator, state: State) -> Search:
+        starts, products, size, beta, log_betas, scale, capacity = state["numbers"].tolist()
+        krylov = Krylov(op, int(capacity), state["locked"].to(op.device), size=int(size), beta=beta, log_betas=log_betas, scale=scale, discarded=state["discarded"].cpu())
         krylov.basis[: krylov.size + 1] = state["basis"]
         krylov.T[: krylov.size, : krylov.size] = state["T"].cpu()
         op.products += int(products)
@@ -116,10 +116,10 @@ def lanczos_search(
     op: LinearOperator, goal: Goal, capacity: int, budget: int, start: Tensor | None, seed: int, checkpoint: str | Path | None, report: Report
 ) -> tuple[Tensor, float, float]:
     """Rows (c, n) that span the wanted pairs, the chance that one was missed, and the largest |Ritz value| seen."""
-    job = job_description(op, what="eigenpairs", k=goal.k, which=goal.which, tol=goal.tol, seed=seed, capacity=capacity, start=start is not None)
+    job = job_description(op, what="eigenpairs", k=goal.k, which=goal.which, tol=goal.tol, seed=seed, start=start is not None)
     with checkpointing(checkpoint, job) as (found, keep):
         if found is not None:
-            search = Search.resumed(op, capacity, found)
+            search = Search.resumed(op, found)
         else:
             empty = torch.zeros(0, op.size, dtype=op.dtype, device=op.device)
             search = Search(Krylov(op, capacity, empty), torch.zeros(0, dtype=torch.float64))
@@ -134,7 +134,7 @@ def lanczos_search(
             if outcome == "lock":
                 if not _lock(search, goal, seed):
                     break
-            elif search.krylov.size == capacity:
+            elif search.krylov.size == search.krylov.capacity:
                 search.krylov.compress(_survivors(search, goal))
             keep(search.state())
     return _collect(search, goal, 100.0 if start is not None and not search.starts else 1.0)
