@@ -92,7 +92,7 @@ def loss_cases() -> dict[str, Case]:
     soft = torch.softmax(real, dim=1)
     weight = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
     tokens, labels = _tokens()
-    per_token = lambda out, t: F.cross_entropy(out.flatten(0, 1), t.flatten())  # noqa: E731
+    per_token = lambda out, t: F.cross_entropy(out.flatten(0, 1), t.flatten())
 
     def plain(criterion: Any, inputs: Tensor, targets: Tensor) -> Callable[[Callable[..., Any]], Tensor]:
         return lambda call: criterion(call(inputs), targets)
@@ -115,10 +115,10 @@ def loss_cases() -> dict[str, Case]:
     found = {name: Case(small_mlp(), criterion, (x, t), plain(criterion, x, t)) for name, (criterion, t) in cases.items()}
     logs = nn.Sequential(*small_mlp(), nn.LogSoftmax(dim=1))
     found["NLL"] = Case(logs, nn.NLLLoss(weight=weight), (x, y), plain(nn.NLLLoss(weight=weight), x, y))
-    transposed = lambda model, batch: (model(batch["tokens"]).movedim(-1, 1), batch["labels"])  # noqa: E731
-    as_dict = lambda pair: {"tokens": pair[0], "labels": pair[1], "name": "padded"}  # noqa: E731
+    transposed = lambda model, batch: (model(batch["tokens"]).movedim(-1, 1), batch["labels"])
+    as_dict = lambda pair: {"tokens": pair[0], "labels": pair[1], "name": "padded"}
     for name, tied in (("ignored tokens, dicts", False), ("tied embeddings", True)):
-        whole = lambda call: per_token(call(tokens), labels)  # noqa: E731
+        whole = lambda call: per_token(call(tokens), labels)
         found[name] = Case(TokenModel(tied), nn.CrossEntropyLoss(), (tokens, labels), whole, {"forward": transposed}, as_dict)
     found["unused parameters"] = Case(Unused(), nn.CrossEntropyLoss(), (x, y), plain(nn.CrossEntropyLoss(), x, y))
     normed = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)).double()

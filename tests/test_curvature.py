@@ -83,14 +83,14 @@ def test_ggn_is_the_jacobian_sandwich(name):
 
     def output(t):
         parts = {n: t[objective.layout[n]].view(s) for n, s in zip(objective.names, objective.layout.shapes, strict=True)}
-        call = lambda *a: torch.func.functional_call(case.model, parts, a)  # noqa: E731
+        call = lambda *a: torch.func.functional_call(case.model, parts, a)
         outputs.clear()
         case.whole(lambda *a: outputs.append(call(*a)) or outputs[-1])
         return outputs[-1]
 
     J = torch.autograd.functional.jacobian(output, theta)
     shape = J.shape[:-1]
-    loss_of = lambda z: case.whole(lambda *a: z.view(shape))  # noqa: E731
+    loss_of = lambda z: case.whole(lambda *a: z.view(shape))
     C = torch.autograd.functional.hessian(loss_of, output(theta).detach().flatten()) if J[..., 0].numel() < 1500 else None
     if C is None:  # too large for a dense output Hessian: compare products
         v = torch.randn(len(theta), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -247,7 +247,7 @@ def test_preflight_raises_no_false_alarm(activation, seed):
 def test_preflight_says_what_it_could_not_prove():
     model = TokenModel().float()
     fixed = torch.ones(4)  # not registered: stays in single precision
-    forward = lambda model, batch: ((model.embedding(batch[0]) @ torch.diag(fixed))[:, 0], batch[1][:, 0].clamp(0, 3))  # noqa: E731
+    forward = lambda model, batch: ((model.embedding(batch[0]) @ torch.diag(fixed))[:, 0], batch[1][:, 0].clamp(0, 3))
     op = hessian(Objective(model, nn.CrossEntropyLoss(), [CASES["tied embeddings"].data], forward=forward, params="embedding.*"))
     assert op.about["preflight"].startswith("unverified: RuntimeError")
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from orograph import LinearOperator, Objective, OrographError, eigenpairs, hessian
+from orograph import LinearOperator, OrographError, eigenpairs, hessian
 from orograph.linalg.lanczos import Krylov
 
 from .networks import loss_cases

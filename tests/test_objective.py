@@ -45,7 +45,7 @@ def test_pinn_hessian_is_that_of_all_collocation_points(size):
 
     def whole(theta):  # torch.func cannot go through autograd.grad inside a loss: the same residual by hand
         w1, b1, w2, b2 = (theta[objective.layout[n]].view(s) for n, s in zip(objective.names, objective.layout.shapes, strict=True))
-        u = lambda t: torch.tanh(t @ w1.T + b1) @ w2.T + b2  # noqa: E731
+        u = lambda t: torch.tanh(t @ w1.T + b1) @ w2.T + b2
         slope = (1 - torch.tanh(t @ w1.T + b1) ** 2) * w1.T @ w2.T
         return ((slope + u(t)) ** 2).mean() + ((u(torch.zeros(1, 1, dtype=t.dtype)) - 1) ** 2).sum()
 
@@ -84,7 +84,7 @@ def test_padding_that_depends_on_the_batch_is_accepted_when_the_loss_does_not_ca
         return {"x": nn.utils.rnn.pad_sequence(items, batch_first=True), "y": nn.utils.rnn.pad_sequence(items, batch_first=True, padding_value=-100)}
 
     model = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 7)).double()
-    forward = lambda model, batch: (model(batch["x"]).movedim(-1, 1), batch["y"])  # noqa: E731
+    forward = lambda model, batch: (model(batch["x"]).movedim(-1, 1), batch["y"])
     values = []
     for shuffle in (True, False):
         loader = DataLoader(tokens, batch_size=5, shuffle=shuffle, collate_fn=pad)

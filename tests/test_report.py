@@ -51,7 +51,7 @@ def network_records() -> list[Record]:
         ]
     marked = Table(rows=[{"name": "SGD", "s": 0.0, "t": 0.0}, {"name": "Adam", "s": 0.5, "t": 0.5}])
     records.append(Record(probe="surface", label="SGD", results={"surface": make_surface(), "points": marked}))
-    ratio = lambda step: Estimate(value=step / 10, sem=0.05, label="edge ratio")  # noqa: E731
+    ratio = lambda step: Estimate(value=step / 10, sem=0.05, label="edge ratio")
     return records + [Record(probe="edge", label="SGD", results={"ratio": ratio(step)}, tags={"step": step}) for step in range(12)]
 
 

@@ -51,7 +51,7 @@ def test_leave_one_out_and_its_dependence_equal_their_definitions():
     values, tangents, dependence = leave_one_out(SketchAlgebra(40, H, R, Q.T @ G, E.T @ G, radius, E.T @ E))
     expected = torch.tensor([leave_out(A, G, [i], i) for i in range(k)], dtype=F64)
     torch.testing.assert_close(torch.stack([values, tangents], dim=1), expected, rtol=1e-9, atol=1e-11)
-    change = lambda i, j: leave_out(A, G, [i, j], i)[0] - leave_out(A, G, [i], i)[0]  # noqa: E731
+    change = lambda i, j: leave_out(A, G, [i, j], i)[0] - leave_out(A, G, [i], i)[0]
     pairs = sum(change(i, j) * change(j, i) for i in range(k) for j in range(k) if i != j)
     assert dependence == pytest.approx(1 + max(pairs, 0.0) / (2 * float(expected[:, 1].sum())))
     assert pairs > 0

@@ -45,6 +45,11 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Batch) -> Batch:
     return batch
 
 
+def as_double(batch: Batch) -> Batch:
+    """The same nesting with floating-point tensors in float64."""
+    return map_tensors(lambda t: t.double() if t.is_floating_point() else t, batch)
+
+
 def tensors_in(batch: Batch) -> list[Tensor]:
     """Every tensor of a batch, depth first."""
     found: list[Tensor] = []

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .batches import as_double
+
 Loss = Callable[[Any, Any], Tensor]
 Family = Literal["cross_entropy", "nll", "elementwise", "other"]
 
@@ -58,15 +60,15 @@ class Criterion:
         if self.weighs_positions(target):
             return float(self.unit_weights(target).sum())
         if self.family == "cross_entropy":  # soft targets: positions, each with one row of probabilities
-            return target.numel() / target.shape[1 if target.ndim > 1 else 0]
+            return float(target.numel() / target.shape[1 if target.ndim > 1 else 0])
         if self.family == "elementwise" and self.reduction != "batchmean":
             return float(target.numel())
         return float(len(target))
 
     def unit_weights(self, target: Tensor) -> Tensor:
         """For index targets: the weight of every position in the mean, `weight[target]`, zero where ignored."""
-        kept = target != self.settings.get("ignore_index", -100)
-        weight = self.settings.get("weight")
+        kept: Tensor = target != self.settings.get("ignore_index", -100)
+        weight: Tensor | None = self.settings.get("weight")
         if weight is None:
             return kept.double()
         return weight.double()[torch.where(kept, target, torch.zeros_like(target))] * kept
@@ -79,8 +81,7 @@ class Criterion:
 
     def in_double(self) -> Criterion:
         """The same loss with its own tensors in float64, as far as they can be reached."""
-        double = lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v  # noqa: E731
-        settings = {name: double(value) for name, value in self.settings.items()}
+        settings = as_double(self.settings)
         if self.function is not None:
             return replace(self, call=functools.partial(self.function, **settings), settings=settings)
         call = copy.deepcopy(self.call).double() if isinstance(self.call, nn.Module) else self.call
@@ -97,9 +98,13 @@ def as_criterion(criterion: Any, model: nn.Module, device: torch.device | None, 
         raise TypeError(f"criterion is a {type(criterion).__name__}. Pass a loss such as nn.CrossEntropyLoss() or F.mse_loss, or criterion(output, target) -> scalar.")
     if isinstance(criterion, type):
         raise TypeError(f"criterion is the class {criterion.__name__}. Pass an instance: {criterion.__name__}().")
-    move = lambda v: v.detach().clone().to(device=device, dtype=dtype if v.is_floating_point() else None) if isinstance(v, Tensor) else v  # noqa: E731
+
+    def move(value: Any) -> Any:
+        return value.detach().clone().to(device=device, dtype=dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
+
     name = getattr(criterion, "__name__", type(criterion).__name__)
-    function, settings = None, {}
+    function: Callable[..., Tensor] | None = None
+    settings: dict[str, Any] = {}
     if type(criterion) in FUNCTIONS:
         function = FUNCTIONS[type(criterion)]
         settings = {key: move(getattr(criterion, key)) for key in _keywords(function) if hasattr(criterion, key)}

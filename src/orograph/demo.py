@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from .objective import Objective
@@ -41,7 +40,7 @@ def run_demo(folder: Path, *, seed: int = 0, progress: Progress = None) -> Demo:
     began = time.perf_counter()
     problem = digits()
     start = mlp(*WIDTHS, seed=seed)
-    networks: dict[str, nn.Module] = {}
+    networks: dict[str, nn.Sequential] = {}
     for name, batch_size in RUNS.items():
         network = copy.deepcopy(start)
         result = train_to_loss(
@@ -71,27 +70,26 @@ def _table(records: Records, held_out: dict[str, float]) -> list[tuple[str, str,
     names = list(RUNS)
     gradients: list[Any] = [of["gradient", name] for name in names]
     spectra: list[Any] = [of["spectrum", name]["spectrum"] for name in names]
-    row = lambda title, cells, meaning: (title, *cells, meaning)  # noqa: E731
     layers = [max(g["layers"].rows, key=lambda r: r["norm"]) for g in gradients]
     flatter = names[0] if spectra[0].top.values[0] < spectra[1].top.values[0] else names[1]
     better = max(held_out, key=lambda name: held_out[name])
     agree = "the flatter network also generalises better here" if better == flatter else "the flatter network does not generalise better here"
     barrier: Any = next(record for record in records if record.probe == "barrier")
     return [
-        row("training loss", [f"{g['loss'].value:.4f}" for g in gradients], "the same by construction: both stopped there"),
-        row("training accuracy", [f"{g['accuracy'].value:.1%}" for g in gradients], "share of training digits read rightly"),
-        row("held-out accuracy", [f"{held_out[name]:.1%}" for name in names], f"share of unseen digits read rightly; {agree} (one run proves nothing)"),
-        row("gradient norm", [f"{g['norm'].value:.4f}" for g in gradients], "how steep the loss is here; zero at a minimum"),
-        row("steepest layer", [f"{r['name']} ({r['norm']:.3f})" for r in layers], "where most of the gradient is"),
-        row("lambda_max", [_pair(s, "top", 0) for s in spectra], "curvature along the sharpest direction"),
-        row("2 / lambda_max", [f"{2 / float(s.top.values[0]):.3f}" for s in spectra], f"largest stable learning rate of plain gradient descent; training used {LEARNING_RATE}"),
-        row("lambda_1 ... lambda_10", [f"{float(s.top.values[0]):.3g} ... {float(s.top.values[-1]):.3g}" for s in spectra], "the sharp directions: for 10 classes, about 10 stand out"),
-        row("lambda_min", [_pair(s, "bottom", 0) for s in spectra], "negative: a direction in which the loss still curves down"),
-        row("trace", [_interval(s) for s in spectra], "noise of size sigma on every weight raises the loss by sigma^2/2 times this"),
-        row("negative eigenvalues", [f"{float(s.negative_mass.value):.0%}" for s in spectra], "share of all directions that curve down, most of them by very little"),
-        row("products spent", [f"{of['spectrum', name].products}" for name in names], "Hessian-vector products; each costs about 3 gradients"),
-        row("status", [of["spectrum", name].status for name in names], "whether every number reached the asked precision"),
-        ("barrier between them", *[_barrier(barrier)], "", "loss on the straight line above the chord between its ends"),
+        _row("training loss", [f"{g['loss'].value:.4f}" for g in gradients], "the same by construction: both stopped there"),
+        _row("training accuracy", [f"{g['accuracy'].value:.1%}" for g in gradients], "share of training digits read rightly"),
+        _row("held-out accuracy", [f"{held_out[name]:.1%}" for name in names], f"share of unseen digits read rightly; {agree} (one run proves nothing)"),
+        _row("gradient norm", [f"{g['norm'].value:.4f}" for g in gradients], "how steep the loss is here; zero at a minimum"),
+        _row("steepest layer", [f"{r['name']} ({r['norm']:.3f})" for r in layers], "where most of the gradient is"),
+        _row("lambda_max", [_pair(s, "top", 0) for s in spectra], "curvature along the sharpest direction"),
+        _row("2 / lambda_max", [f"{2 / float(s.top.values[0]):.3f}" for s in spectra], f"largest stable learning rate of plain gradient descent; training used {LEARNING_RATE}"),
+        _row("lambda_1 ... lambda_10", [f"{float(s.top.values[0]):.3g} ... {float(s.top.values[-1]):.3g}" for s in spectra], "the sharp directions: for 10 classes, about 10 stand out"),
+        _row("lambda_min", [_pair(s, "bottom", 0) for s in spectra], "negative: a direction in which the loss still curves down"),
+        _row("trace", [_interval(s) for s in spectra], "noise of size sigma on every weight raises the loss by sigma^2/2 times this"),
+        _row("negative eigenvalues", [f"{float(s.negative_mass.value):.0%}" for s in spectra], "share of all directions that curve down, most of them by very little"),
+        _row("products spent", [f"{of['spectrum', name].products}" for name in names], "Hessian-vector products; each costs about 3 gradients"),
+        _row("status", [of["spectrum", name].status for name in names], "whether every number reached the asked precision"),
+        ("barrier between them", _barrier(barrier), "", "loss on the straight line above the chord between its ends"),
     ]
 
 
@@ -108,3 +106,8 @@ def _interval(s: Spectrum) -> str:
 def _barrier(record: Any) -> str:
     row = next(r for r in record["barriers"].rows if r["definition"] == "over the chord" and r["metric"] == "loss" and r["split"] == "train")
     return f"{row['value']:.3f} at t = {row['t']:.2f}"
+
+
+def _row(quantity: str, cells: list[str], meaning: str) -> tuple[str, str, str, str]:
+    small, large = cells
+    return quantity, small, large, meaning

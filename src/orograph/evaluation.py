@@ -93,13 +93,17 @@ def per_example(terms: Terms) -> dict[str, PerExample]:
     with torch.no_grad():
         for term in terms:
             output = term.output()
-            rows = lambda tensor: tensor.reshape(len(tensor), -1).double().sum(dim=1)  # noqa: E731
-            loss = rows(criterion.each(output, term.target))
-            weights = rows(criterion.unit_weights(term.target)) if criterion.weighs_positions(term.target) else torch.full_like(loss, term.units / len(loss))
+            loss = _rows(criterion.each(output, term.target))
+            weights = _rows(criterion.unit_weights(term.target)) if criterion.weighs_positions(term.target) else torch.full_like(loss, term.units / len(loss))
             parts.setdefault("loss", []).append((loss, weights))
             if (right := correct_predictions(criterion, output, term.target)) is not None:
-                parts.setdefault("error", []).append((rows(right[1] - right[0]), rows(right[1])))
+                parts.setdefault("error", []).append((_rows(right[1] - right[0]), _rows(right[1])))
     found = {name: PerExample(torch.cat([t for t, _ in pairs]), torch.cat([c for _, c in pairs])) for name, pairs in parts.items()}
     if not terms.recipe.weighs:
         found["loss"] = PerExample(found["loss"].total, torch.full_like(found["loss"].total, 1 / len(found["loss"].total)))
     return found
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Sum over all but the first axis, in float64."""
+    return tensor.reshape(len(tensor), -1).double().sum(dim=1)

@@ -20,7 +20,7 @@ NESTED = ("state_dict", "model_state_dict", "model")  # where training framework
 PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 
 
-def snapshot(slots: Slots, layout: Layout, *, device: torch.device | None, dtype: torch.dtype | None, label: str) -> Point:
+def snapshot_point(slots: Slots, layout: Layout, *, device: torch.device | None, dtype: torch.dtype | None, label: str) -> Point:
     """A copy of the model's present parameters and buffers."""
     present = slots.present()
 

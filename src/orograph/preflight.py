@@ -55,7 +55,7 @@ def preflight(objective: Objective, matmat_of: Callable[[Objective], Callable[[T
 
 def _direction(objective: Objective) -> Tensor:
     direction = objective.space.sample(0, 0, "normal")
-    return direction / direction.norm()
+    return direction / float(direction.norm())
 
 
 def _directional(function: Callable[[Objective], Tensor], objective: Objective, direction: Tensor, step: float) -> Tensor:
@@ -84,7 +84,8 @@ def _suspects(objective: Objective) -> str:
     with objective.applied():
         term = next(iter(objective.terms()))
         node = term.loss_of(term.output()).grad_fn
-    names, queue, seen = [], [node], set()
+    names: list[str] = []
+    queue, seen = [node], set()
     while queue:
         here = queue.pop()
         if here is None or here in seen:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import map_tensors, take_rows, tensors_in
+from .batches import as_double, map_tensors, take_rows, tensors_in
 from .errors import NotDeterministic
 from .evaluation import no_gradient
 from .terms import Recipe, Term, Terms
@@ -129,9 +129,8 @@ def _check_outputs(term: Term, previous: tuple[Any, Any, float] | None) -> tuple
 
 def _loss(recipe: Recipe, output: Any, target: Any, units: float) -> tuple[float, float, torch.dtype]:
     assert recipe.criterion is not None
-    double = lambda t: t.double() if t.is_floating_point() else t  # noqa: E731
     try:
-        loss = recipe.criterion.call(map_tensors(double, output), map_tensors(double, target))
+        loss = recipe.criterion.call(as_double(output), as_double(target))
     except RuntimeError:  # the criterion holds tensors in another precision
         loss = recipe.criterion.call(output, target)
     return units, float(loss), loss.dtype
@@ -199,7 +198,10 @@ def _random_module(term: Term) -> str | None:
                 hook.remove()
         runs.append(calls)
     for (module, ins, outs), (_, ins2, outs2) in zip(*runs, strict=False):
-        same = lambda a, b: len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))  # noqa: E731
-        if same(ins, ins2) and not same(outs, outs2):
+        if _same(ins, ins2) and not _same(outs, outs2):
             return names[module]
     return None
+
+
+def _same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

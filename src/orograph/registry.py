@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 
@@ -19,10 +19,11 @@ from .linalg.operator import LinearOperator
 from .objective import Objective
 from .progress import Progress
 from .records import Record, Records
-from .results import Point, Result, worst_status
+from .results import Density, Eigenpairs, Estimate, Point, Result, Spectrum, worst_status
 
 Results = Mapping[str, Result]
 Says = Callable[[Results], str]
+F = TypeVar("F", bound=Callable[..., dict[str, Result]])
 
 
 @dataclass
@@ -85,14 +86,18 @@ class Probe:
 _probes: dict[str, Probe] = {}
 
 
-def probe(function: Callable[..., dict[str, Result]] | None = None, *, says: Says | None = None) -> Any:
+@overload
+def probe(function: F) -> F: ...
+@overload
+def probe(*, says: Says | None = None) -> Callable[[F], F]: ...
+def probe(function: F | None = None, *, says: Says | None = None) -> F | Callable[[F], F]:
     """Register a measurement under the function's name: `f(subject, *points, *, settings) -> {name: result}`.
 
     `subject` is a `Subject`; the networks that the probe compares are positional parameters, its settings keyword-only with JSON
     defaults. `says(results)` turns the results into one plain sentence, which is stored with them.
     """
 
-    def register(f: Callable[..., dict[str, Result]]) -> Callable[..., dict[str, Result]]:
+    def register(f: F) -> F:
         new = Probe(f.__name__, f, says)
         known = _probes.get(new.name)
         if known is not None and (known.function.__module__, known.function.__qualname__) != (f.__module__, f.__qualname__):
@@ -161,7 +166,7 @@ def _measure(subject: Subject, one: Probe, points: tuple[Any, ...], tags: dict[s
         raise TypeError(f"{one.name} has no setting {', '.join(sorted(unknown))}. It has: {', '.join(one.settings) or 'none'}.")
     before, began = subject.shared.products, time.perf_counter()
     results = one.function(subject, *networks, **settings)
-    statuses = [result.status for result in results.values() if not isinstance(result, Point) and getattr(result, "status", None) is not None]
+    statuses = [result.status for result in results.values() if isinstance(result, (Estimate, Eigenpairs, Density, Spectrum))]
     return Record(
         probe=one.name,
         results=results,

@@ -152,9 +152,9 @@ class Spectrum:
         if z <= 0:
             raise ValueError(f"effective_dimension(z={z}) needs z > 0: it is the curvature below which a direction counts as flat.")
         d = self.density
-        share = lambda x: torch.where(x > 0, x / (x + z), torch.zeros_like(x))  # noqa: E731
-        bulk = (d.weights.double() * share(d.nodes.double())).sum() / len(d.weights) * d.size
-        return float(bulk + share(d.atoms.double()).sum())
+        nodes, atoms = d.nodes.double().clamp(min=0), d.atoms.double().clamp(min=0)
+        bulk = (d.weights.double() * nodes / (nodes + z)).sum() / len(d.weights) * d.size
+        return float(bulk + (atoms / (atoms + z)).sum())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,7 +98,7 @@ def _verified(op: LinearOperator, krylov: Krylov, values: Tensor, coefficients: 
     spread = float(values[-1] - values[0])
     gap = spread / (2 * len(values))
     good = estimates <= 0.5 * ATOM_RESIDUAL * values.abs()
-    chosen = []
+    chosen: list[int] = []
     if not krylov.exhausted:
         for order in (range(len(values) - 1, 0, -1), range(len(values) - 1)):
             for i in order:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..progress import progress_bar
 from ..registry import Results, Subject, probe
 from ..results import Curve, Point, Result, Table
 
-DEFINITIONS = {  # name -> what the curve is measured against, at every t
+DEFINITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # name -> what the curve is measured against, at every t
     "over the chord": lambda y, t: (1 - t) * y[0] + t * y[-1],  # Entezari et al. 2022, arXiv:2110.06296
     "over the mean of the ends": lambda y, t: torch.full_like(t, float(y[0] + y[-1]) / 2),  # Frankle et al. 2020, arXiv:1912.05671
     "over the larger end": lambda y, t: torch.full_like(t, float(max(y[0], y[-1]))),

@@ -20,11 +20,11 @@ def gradient(subject: Subject) -> dict[str, Result]:
     objective = subject.objective
     g, theta = objective.gradient(), objective.theta
     metrics = objective.metrics()
-    norm = lambda vector: float(objective.space.norm(vector))  # noqa: E731
-    rows = [{"name": name, "norm": norm(g[objective.layout[name]]), "weight_norm": norm(theta[objective.layout[name]])} for name in objective.names]
+    sizes = {name: [float(objective.space.norm(v[objective.layout[name]])) for v in (g, theta)] for name in objective.names}
+    rows = [{"name": name, "norm": slope, "weight_norm": weight} for name, (slope, weight) in sizes.items()]
     results: dict[str, Result] = {name: Estimate(value=value, label=name) for name, value in metrics.items()}
     if "accuracy" not in metrics:
         subject.missing["accuracy"] = "the loss is no classification that Orograph knows"
-    results["norm"] = Estimate(value=norm(g), label="gradient norm")
+    results["norm"] = Estimate(value=float(objective.space.norm(g)), label="gradient norm")
     results["layers"] = Table(rows=rows, x="name", y="norm", draw="bars", label="gradient norm by parameter")
     return results

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..linalg.spectra import spectrum as spectrum_of
 from ..registry import Results, Subject, probe
 from ..results import Result, Spectrum
 
 
 def _says(results: Results) -> str:
-    s: Any = results["spectrum"]
+    s = results["spectrum"]
     assert isinstance(s, Spectrum)
     largest, smallest = float(s.top.values[0]), float(s.bottom.values[0])
     stable = f"plain gradient descent is stable near here up to a learning rate of 2/lambda_max = {2 / largest:.3g}" if largest > 0 else "there is no direction of positive curvature"

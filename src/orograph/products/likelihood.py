@@ -75,7 +75,8 @@ def sampled_fisher(seed: int) -> Callable[[Term, Tensor], Callable[[Tensor], Ten
 def _element_scores(criterion: Criterion, output: Tensor, uniform: Tensor) -> Tensor:
     """Gradient of one entry's loss at a drawn label."""
     if criterion.function is F.mse_loss:  # (y - f)^2 is the negative log-likelihood of N(f, 1/2)
-        return -torch.special.ndtri(uniform) * 2**0.5
+        normal: Tensor = torch.special.ndtri(uniform)
+        return -(2**0.5) * normal
     if criterion.function is F.binary_cross_entropy_with_logits:
         return output.sigmoid() - (uniform < output.sigmoid()).to(output.dtype)
     return (output - (uniform < output).to(output.dtype)) / (output * (1 - output))
@@ -98,7 +99,8 @@ def _uniforms(seed: int, term: Term, shape: torch.Size, like: Tensor) -> Tensor:
     example = term.first + row // per_example
     position = (row % per_example)[:, None] * len(inner) + inner
     key = _mix(_mix(example + _mix(torch.tensor(seed, dtype=torch.int64, device=like.device)))[:, None] + position)
-    return (((key >> 11) & ((1 << 53) - 1)).double().add_(0.5) * 2.0**-53).reshape(shape).to(like.dtype).clamp(1e-7, 1 - 1e-7)
+    unit: Tensor = ((key >> 11) & ((1 << 53) - 1)).double().add_(0.5) * 2.0**-53
+    return unit.reshape(shape).to(like.dtype).clamp(1e-7, 1 - 1e-7)
 
 
 def _mix(x: Tensor) -> Tensor:

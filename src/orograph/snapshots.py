@@ -1,0 +1,81 @@
+"""One setting of a network that can be put into the user's model for as long as it is needed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batches import as_double
+from .layout import Layout, select_layout
+from .points import snapshot_point
+from .results import Point
+from .state import Mode, Slots, differentiable, find_slots, mode_set, rng_kept, swapped
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A Point with tensors of its own, and the model that they are put into. Training the model does not change it."""
+
+    model: nn.Module
+    slots: Slots
+    layout: Layout
+    mode: Mode
+    dtype: torch.dtype | None  # of the parameters during evaluation; None: as in the model
+    point: Point
+    volatile: tuple[str, ...] = ()  # buffers that a forward writes to without an effect on the loss
+    leaves: dict[str, Tensor] = field(init=False, repr=False)  # what autograd differentiates with respect to, in the order of theta
+    frozen: dict[str, Tensor] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        leaves = {}
+        for name, part in zip(self.layout.names, self.layout.split(self.point.theta), strict=True):
+            kept = getattr(*self.slots.parameters[name][0])
+            leaves[name] = nn.Parameter(part.to(self.dtype or kept.dtype))
+        object.__setattr__(self, "leaves", leaves)
+        object.__setattr__(self, "frozen", {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in self.point.frozen.items()})
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model holds this snapshot's tensors, in the right mode; for forward *and* backward. Everything goes back at the end."""
+        buffers = {name: tensor.clone() if name in self.volatile else tensor for name, tensor in self.point.buffers.items()}
+        with (
+            swapped(self.slots, {**self.leaves, **self.frozen, **buffers}),
+            mode_set(self.model, self.mode),
+            rng_kept(),
+            differentiable(self.point.theta.device),
+        ):
+            yield
+
+    def in_double(self) -> Snapshot:
+        """The same point in float64."""
+        buffers, frozen = as_double(dict(self.point.buffers)), as_double(dict(self.point.frozen))
+        return replace(self, dtype=torch.float64, point=replace(self.point, theta=self.point.theta.double(), buffers=buffers, frozen=frozen), volatile=())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `model.state_dict()` would hold here, in the model's own precision."""
+        own = self.model.state_dict()
+        with self.applied():
+            there = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in self.model.state_dict().items()}
+        return {name: value.to(own[name]) if isinstance(value, Tensor) else value for name, value in there.items()}
+
+    def fingerprints(self) -> dict[str, str]:
+        """Short hashes of the weights (buffers included) and of the parameter set."""
+        weights = hashlib.sha256()
+        for tensor in (self.point.theta, *self.point.buffers.values(), *self.point.frozen.values()):
+            weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        names = repr([(name, tuple(shape)) for name, shape in zip(self.layout.names, self.layout.shapes, strict=True)])
+        return {"weights": weights.hexdigest()[:16], "parameters": hashlib.sha256(names.encode()).hexdigest()[:16]}
+
+
+def take_snapshot(model: nn.Module, params: str | Sequence[str] | None, mode: Mode, device: torch.device | None, dtype: torch.dtype | None) -> Snapshot:
+    """A snapshot of the model as it is now."""
+    slots = find_slots(model)
+    layout = select_layout({name: getattr(*places[0]) for name, places in slots.parameters.items()}, slots.aliases, params)
+    point = snapshot_point(slots, layout, device=device, dtype=dtype, label=type(model).__name__)
+    return Snapshot(model, slots, layout, mode, dtype, point)
