@@ -17,7 +17,7 @@ from .errors import NotDeterministic
 from .evaluation import Metric, PerExample, all_metrics, per_example, total_gradient, total_loss
 from .layout import Layout
 from .linalg.operator import Space
-from .points import differs_outside, read_point, snapshot_point
+from .points import copied, differs_outside, read_point, snapshot_point
 from .reading import read_terms
 from .results import Point
 from .snapshots import Snapshot, take_snapshot
@@ -212,7 +212,7 @@ class Objective:
         """
         own = self._snapshot.point
         if source is None or source is self:
-            return replace(own, theta=self.theta, label=label or self.label)
+            return replace(copied(own, own), label=label or self.label)
         if isinstance(source, Objective):
             source = source.point()
         return read_point(source, own, self._snapshot.slots, self.layout, label)

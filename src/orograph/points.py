@@ -24,6 +24,7 @@ def snapshot_point(slots: Slots, layout: Layout, *, device: torch.device | None,
     """A copy of the model's present parameters and buffers."""
     present = slots.present()
 
+    @torch.inference_mode(False)
     def own(tensor: Tensor) -> Tensor:
         return tensor.detach().clone().to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
@@ -32,7 +33,7 @@ def snapshot_point(slots: Slots, layout: Layout, *, device: torch.device | None,
     for tensor in selected:
         wide = torch.promote_types(wide, dtype or tensor.dtype)
     like = selected[0].detach().new_empty(0, dtype=wide, device=device)
-    theta = layout.flatten([tensor.to(like.device) for tensor in selected], like)
+    theta = layout.flatten([own(tensor).to(like.device) for tensor in selected], like)
     frozen = {name: own(present[name]) for name in slots.parameters if name not in layout.names}
     point = Point(theta=theta, buffers={name: own(present[name]) for name in slots.buffers}, frozen=frozen, label=label)
     return _checked(point, point, layout)
@@ -41,7 +42,8 @@ def snapshot_point(slots: Slots, layout: Layout, *, device: torch.device | None,
 def read_point(source: Any, own: Point, slots: Slots, layout: Layout, label: str | None) -> Point:
     """The setting of `source` for the network whose present setting is `own`; tensors are copied to own's device and dtype."""
     if isinstance(source, Point):
-        return _checked(replace(source, label=label or source.label), own, layout)
+        _checked(source, own, layout)
+        return replace(copied(source, own), label=label or source.label)
     if isinstance(source, nn.Module):
         theirs = find_slots(source)
         present = theirs.present()
@@ -56,6 +58,14 @@ def read_point(source: Any, own: Point, slots: Slots, layout: Layout, label: str
     if isinstance(source, Mapping):
         return _from_state(source, own, slots, layout, label or "state dict")
     raise TypeError(f"a point cannot be read from a {type(source).__name__}. Pass a Point, Objective, module, state dict, weights file or flat tensor.")
+
+
+def copied(point: Point, like: Point) -> Point:
+    """The same setting in tensors of its own, on the device and in the precision of `like`."""
+    with torch.inference_mode(False):
+        buffers = {name: tensor.detach().to(like.buffers[name], copy=True) for name, tensor in point.buffers.items()}
+        frozen = {name: tensor.detach().to(like.frozen[name], copy=True) for name, tensor in point.frozen.items()}
+        return replace(point, theta=point.theta.detach().to(like.theta, copy=True), buffers=buffers, frozen=frozen)
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
@@ -114,9 +124,18 @@ def _from_state(state: Mapping[str, Any], own: Point, slots: Slots, layout: Layo
         if tensor.shape != own_parameters[name].shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)} in the given weights, and {tuple(own_parameters[name].shape)} in this network.")
     theta = layout.flatten([found[name].to(own.theta.device) for name in layout.names], own.theta)
+    lacking = [name for name, tensor in own.buffers.items() if name not in state and tensor.is_floating_point() and _persistent(name, slots)]
+    if lacking:
+        raise ValueError(f"the given weights lack the buffer {lacking[0]} (running statistics belong to a network). Pass model.state_dict(), not its parameters alone.")
     buffers = {name: _like(state.get(name, tensor), tensor, name) for name, tensor in own.buffers.items()}
     frozen = {name: _like(found[name], tensor, name) for name, tensor in own.frozen.items()}
     return _checked(Point(theta=theta, buffers=buffers, frozen=frozen, label=label), own, layout)
+
+
+def _persistent(name: str, slots: Slots) -> bool:
+    """Whether a buffer is part of the model's state dict."""
+    module, attribute = slots.buffers[name][0]
+    return attribute not in module._non_persistent_buffers_set
 
 
 def _like(tensor: Tensor, own: Tensor, name: str) -> Tensor:

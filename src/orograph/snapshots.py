@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import as_double
+from .errors import OrographError
 from .layout import Layout, select_layout
 from .points import snapshot_point
 from .results import Point
@@ -26,26 +27,29 @@ class Snapshot:
     slots: Slots
     layout: Layout
     mode: Mode
-    dtype: torch.dtype | None  # of the parameters during evaluation; None: as in the model
+    dtype: torch.dtype | None  # asked for parameters and data; None: as they are
+    dtypes: tuple[torch.dtype, ...]  # of the leaves
+    modules: tuple[nn.Module, ...]  # of the model, as it was taken
     point: Point
     volatile: tuple[str, ...] = ()  # buffers that a forward writes to without an effect on the loss
     leaves: dict[str, Tensor] = field(init=False, repr=False)  # what autograd differentiates with respect to, in the order of theta
     frozen: dict[str, Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        leaves = {}
-        for name, part in zip(self.layout.names, self.layout.split(self.point.theta), strict=True):
-            kept = getattr(*self.slots.parameters[name][0])
-            leaves[name] = nn.Parameter(part.to(self.dtype or kept.dtype))
+        with torch.inference_mode(False):
+            parts = self.layout.split(self.point.theta)
+            leaves = {name: nn.Parameter(part.to(dtype, copy=True)) for name, part, dtype in zip(self.layout.names, parts, self.dtypes, strict=True)}
         object.__setattr__(self, "leaves", leaves)
         object.__setattr__(self, "frozen", {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in self.point.frozen.items()})
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model holds this snapshot's tensors, in the right mode; for forward *and* backward. Everything goes back at the end."""
+        if tuple(self.model.modules()) != self.modules:
+            raise OrographError("the model's modules have changed since this objective was made, so its weights no longer fit. Make a new Objective.")
         buffers = {name: tensor.clone() if name in self.volatile else tensor for name, tensor in self.point.buffers.items()}
         with (
-            swapped(self.slots, {**self.leaves, **self.frozen, **buffers}),
+            swapped(self.model, self.slots, {**self.leaves, **self.frozen, **buffers}),
             mode_set(self.model, self.mode),
             rng_kept(),
             differentiable(self.point.theta.device),
@@ -55,7 +59,7 @@ class Snapshot:
     def in_double(self) -> Snapshot:
         """The same point in float64."""
         buffers, frozen = as_double(dict(self.point.buffers)), as_double(dict(self.point.frozen))
-        return replace(self, dtype=torch.float64, point=replace(self.point, theta=self.point.theta.double(), buffers=buffers, frozen=frozen), volatile=())
+        return replace(self, dtype=torch.float64, dtypes=(torch.float64,) * len(self.dtypes), point=replace(self.point, theta=self.point.theta.double(), buffers=buffers, frozen=frozen), volatile=())
 
     def state_dict(self) -> dict[str, Any]:
         """What `model.state_dict()` would hold here, in the model's own precision."""
@@ -76,6 +80,8 @@ class Snapshot:
 def take_snapshot(model: nn.Module, params: str | Sequence[str] | None, mode: Mode, device: torch.device | None, dtype: torch.dtype | None) -> Snapshot:
     """A snapshot of the model as it is now."""
     slots = find_slots(model)
-    layout = select_layout({name: getattr(*places[0]) for name, places in slots.parameters.items()}, slots.aliases, params)
+    parameters = {name: getattr(*places[0]) for name, places in slots.parameters.items()}
+    layout = select_layout(parameters, slots.aliases, params)
     point = snapshot_point(slots, layout, device=device, dtype=dtype, label=type(model).__name__)
-    return Snapshot(model, slots, layout, mode, dtype, point)
+    dtypes = tuple(dtype or parameters[name].dtype for name in layout.names)
+    return Snapshot(model, slots, layout, mode, dtype, dtypes, tuple(model.modules()), point)

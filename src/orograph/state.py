@@ -11,12 +11,13 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 Mode = Literal["eval", "batch"]
 Places = dict[str, list[tuple[nn.Module, str]]]  # canonical name -> every (module, attribute) that holds the tensor
@@ -66,8 +67,13 @@ def find_slots(model: nn.Module) -> Slots:
 
 
 @contextmanager
-def swapped(slots: Slots, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Replace the objects at every place by those of `tensors` (canonical names), and put the originals back at the end."""
+def swapped(model: nn.Module, slots: Slots, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Replace the objects at every place by those of `tensors` (canonical names), and put the originals back at the end.
+
+    Attributes and buffers that a forward creates or reassigns (caches, weights computed from other weights) go back too.
+    """
+    modules = {id(module): module for module in model.modules()}.values()
+    before = [(module, dict(module.__dict__), dict(module._parameters), dict(module._buffers)) for module in modules]
     places = [(module, attribute, name) for table in (slots.parameters, slots.buffers) for name in table for module, attribute in table[name]]
     originals = [(module, attribute, getattr(module, attribute)) for module, attribute, _ in places]
     try:
@@ -77,6 +83,17 @@ def swapped(slots: Slots, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     finally:
         for module, attribute, original in originals:
             setattr(module, attribute, original)
+        for module, attributes, parameters, buffers in before:
+            _put_back(module._parameters, parameters)
+            _put_back(module._buffers, buffers)
+            _put_back(module.__dict__, attributes)
+
+
+def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Make `now` hold exactly the objects of `before`."""
+    if len(now) != len(before) or any(now.get(key, now) is not value for key, value in before.items()):
+        now.clear()
+        now.update(before)
 
 
 @contextmanager
@@ -113,6 +130,11 @@ def rng_kept() -> Iterator[None]:
 
 @contextmanager
 def differentiable(device: torch.device) -> Iterator[None]:
-    """Gradients on, autocast off, whatever the caller's context is."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        yield
+    """Gradients on, autocast and caches of parametrized weights off, whatever the caller's context is."""
+    cached = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}  # a user's parametrize.cached() holds the weights of another point
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = cached

@@ -12,13 +12,14 @@ from ..progress import Progress, progress_bar
 from ..results import Density
 from .checkpoints import State, checkpointing, job_description
 from .lanczos import Krylov, orthogonalise
-from .operator import LinearOperator
+from .operator import LinearOperator, in_full_precision
 
 ATOM_RESIDUAL = 1e-3  # relative true residual up to which an isolated Ritz value counts as an eigenvalue
 MOST_ATOMS = 20
 _MOMENT_STREAM = 1 << 20  # index of the first vector for the moments: apart from the samples' own
 
 
+@in_full_precision
 def spectral_density(
     op: LinearOperator,
     *,
@@ -103,7 +104,7 @@ def _verified(op: LinearOperator, krylov: Krylov, values: Tensor, coefficients: 
         for order in (range(len(values) - 1, 0, -1), range(len(values) - 1)):
             for i in order:
                 inward = i - 1 if order.step < 0 else i + 1
-                if not good[i] or abs(float(values[i] - values[inward])) < gap or len(chosen) >= MOST_ATOMS:
+                if i in chosen or not good[i] or abs(float(values[i] - values[inward])) < gap or len(chosen) >= min(MOST_ATOMS, len(values) - 1):
                     break
                 chosen.append(i)
     rows = krylov.vectors(coefficients[:, chosen])

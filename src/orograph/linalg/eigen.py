@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import OutOfBudget
 from ..progress import Progress, progress_bar
 from ..results import Eigenpairs, Status, worst_status
-from .operator import LinearOperator
+from .operator import LinearOperator, in_full_precision
 from .power import power_vectors
 from .search import Goal, Which, lanczos_search
 
@@ -19,6 +19,7 @@ Method = Literal["lanczos", "power"]
 NOISE = {torch.float64: 1e-14, torch.float32: 1e-6}  # round-off of a product, relative to the largest eigenvalue
 
 
+@in_full_precision
 def eigenpairs(
     op: LinearOperator,
     k: int = 1,

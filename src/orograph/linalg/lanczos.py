@@ -104,8 +104,8 @@ class Krylov:
         self.T = torch.zeros_like(self.T)
         self.T[: self.size, : self.size] = torch.diag(values[keep])
 
-    def unseen(self, value: float) -> float:
-        r"""Bound on the chance that an eigenvalue farther out than `value` exists in the complement of the deflated vectors.
+    def unseen(self, value: float, *, above: bool) -> float:
+        r"""Bound on the chance that an eigenvalue above (or below) `value` exists in the complement of the deflated vectors.
 
         If $\mu$ is an eigenvalue with eigenvector u, then $|u^\top q_1|\,|p_m(\mu)| \le \|p_m(A) q_1\| = \prod_j \beta_j$, where p_m is
         the monic polynomial with the Ritz values, discarded ones included, as roots. So a $\mu$ that was not seen needs a random start
@@ -116,9 +116,13 @@ class Krylov:
         """
         if self.size + len(self.deflated) >= self.op.size:
             return 0.0
+        if self.scale == 0:
+            return 0.0  # the start was random, and its image is exactly zero
         last = math.log(max(self.beta, torch.finfo(self.op.dtype).eps * self.scale, 1e-300)) if self.exhausted else 0.0
         values, _, _ = self.ritz()
         roots = torch.cat([values, self.discarded])
+        if bool((roots > value).any() if above else (roots < value).any()):
+            return 1.0  # something is there already
         logs = torch.log((value - roots).abs().clamp(min=torch.finfo(torch.float64).tiny))
         exponent = self.log_betas + last - float(logs.sum()) + 0.5 * math.log(2 * self.op.size / math.pi)
         return math.exp(min(exponent, 0.0))

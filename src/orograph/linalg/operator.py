@@ -6,11 +6,12 @@ of an operator no more than `op @ V` and `op.space`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +23,22 @@ SampleKind = Literal["normal", "rademacher", "sphere"]
 Matmat = Callable[[Tensor], Tensor]  # (n, k) -> (n, k)
 
 CHUNK = 1 << 16  # rows whose dot products are summed in the working precision before float64 takes over
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def in_full_precision(function: Function) -> Function:
+    """Run linear algebra without autograd and outside the caller's autocast, which would round bases to half precision."""
+
+    @functools.wraps(function)
+    def wrapped(op: LinearOperator, *args: Any, **settings: Any) -> Any:
+        if not isinstance(op, LinearOperator):
+            raise TypeError(f"{function.__name__} needs a LinearOperator, got {type(op).__name__}. Make one: hessian(objective), or LinearOperator.from_dense(A).")
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(op.device.type, enabled=False):
+            return function(op, *args, **settings)
+
+    return cast(Function, wrapped)
 
 
 @dataclass(frozen=True)
@@ -124,8 +141,10 @@ class LinearOperator:
         if V.dtype != self.dtype or V.device.type != self.device.type:
             raise TypeError(f"op @ V needs {self.dtype} on {self.device}, got {V.dtype} on {V.device}. Use V.to(op.device, op.dtype).")
         columns = V.detach().reshape(self.size, -1)
-        product = self.matmat(columns)
+        product = self.matmat(columns).detach()
         self.products += columns.shape[1]
+        if product.shape != columns.shape:
+            raise ValueError(f"matmat must map ({self.size}, k) to ({self.size}, k), and gave {tuple(product.shape)} for k = {columns.shape[1]}.")
         if not bool(torch.isfinite(product).all()):
             where = "the vector holds inf or NaN" if not bool(torch.isfinite(columns).all()) else "the operator overflowed or is undefined at this point"
             raise OrographError(f"op @ V is not finite: {where}.")

@@ -53,17 +53,17 @@ class Goal:
         """Residual below which a pair counts as converged."""
         return self.tol * values.abs().clamp(min=self.noise * largest)
 
-    def fences(self, values: Tensor, largest: float) -> list[float]:
-        """Values that no unseen eigenvalue may lie beyond: the innermost wanted ones, widened by 10 tol, at most 1 %, and by round-off."""
+    def fences(self, values: Tensor, largest: float) -> list[tuple[float, bool]]:
+        """(value, above): what no unseen eigenvalue may lie beyond. The innermost wanted ones, widened by 10 tol, at most 1 %, and by round-off."""
         wanted = values[self.choose(values)]
         margin = min(10 * self.tol, 0.01)
         blur = 10 * self.noise * largest
         top, bottom = float(wanted[min(self.k, len(wanted)) - 1]), float(wanted[-1] if self.which == "smallest" else wanted[-self.k :][0])
         if self.which == "magnitude":
             reach = float(wanted.abs().min()) * (1 + margin) + blur
-            return [reach, -reach]
+            return [(reach, True), (-reach, False)]
         up, down = top + margin * abs(top) + blur, bottom - margin * abs(bottom) - blur
-        return {"largest": [up], "smallest": [down], "both": [up, down]}[self.which]
+        return {"largest": [(up, True)], "smallest": [(down, False)], "both": [(up, True), (down, False)]}[self.which]
 
 
 class Forecast:
@@ -175,7 +175,7 @@ def _judge(search: Search, goal: Goal, eta: Forecast) -> str:
         return "go on"
     if len(active):  # all wanted pairs have converged, some of them just now
         return "lock" if goal.count > 1 else "done"
-    unseen = sum(krylov.unseen(fence) for fence in goal.fences(both, largest))
+    unseen = sum(krylov.unseen(fence, above=above) for fence, above in goal.fences(both, largest))
     ends = [int(values.argmax())] if goal.which == "largest" else [int(values.argmin())] if goal.which == "smallest" else [int(values.argmax()), int(values.argmin())]
     settled = all(float(estimates[end]) <= float(limits[end]) for end in ends)
     return "done" if unseen <= CONFIDENT or settled else "go on"
@@ -221,5 +221,5 @@ def _collect(search: Search, goal: Goal, factor: float) -> tuple[Tensor, float, 
     wanted = goal.choose(both)
     old, new = wanted[wanted < len(search.values)], wanted[wanted >= len(search.values)] - len(search.values)
     rows = torch.cat([search.locked[old], krylov.vectors(coefficients[:, new])])
-    chance = sum(krylov.unseen(fence) for fence in goal.fences(both, krylov.scale))
+    chance = sum(krylov.unseen(fence, above=above) for fence, above in goal.fences(both, krylov.scale))
     return rows, min(1.0, factor * chance), krylov.scale

@@ -11,10 +11,11 @@ from ..progress import Progress
 from ..results import Density, Eigenpairs, Estimate, Spectrum, worst_status
 from .density import spectral_density
 from .eigen import NOISE, eigenpairs
-from .operator import LinearOperator
+from .operator import LinearOperator, in_full_precision
 from .traces import trace
 
 
+@in_full_precision
 def spectrum(
     op: LinearOperator,
     *,

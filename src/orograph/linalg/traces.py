@@ -14,7 +14,7 @@ from ..progress import Progress, progress_bar
 from ..results import Estimate, Status
 from .checkpoints import State, checkpointing, job_description
 from .intervals import Moments
-from .operator import LinearOperator
+from .operator import LinearOperator, in_full_precision
 from .trace_methods import BATCH, VECTORS, grow, moments, start_state
 
 Method = Literal["auto", "hutchinson", "hutch++", "xtrace"]
@@ -23,6 +23,7 @@ FIRST, RATIO = 20, 1.5  # products at which the stopping rule is first looked at
 SKETCH_WORTH = 16  # basis vectors below which a sketch is no use
 
 
+@in_full_precision
 def trace(
     op: LinearOperator,
     *,
@@ -70,6 +71,7 @@ def trace(
     return Estimate(value=now.value, sem=now.sem, dof=now.dof, skew=now.skew, products=spent, status=status, label="trace")
 
 
+@in_full_precision
 def diagonal(op: LinearOperator, *, num_samples: int = 100, seed: int = 0, progress: Progress = None) -> Estimate:
     r"""Diagonal of an operator (n,), with the standard error of each entry (n,).
 

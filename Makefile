@@ -1,0 +1,49 @@
+# Each target alone makes the virtual environment and installs what it needs. PYTHON=python3.12 chooses another interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test test-full lint types bench docs evidence-1 browser relock clean
+
+demo: $(READY)
+	$(BIN)/orograph demo
+
+test: $(READY) browser
+	$(BIN)/pytest -m "not slow"
+
+test-full: $(READY) browser
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.products
+
+docs: $(READY)
+	$(BIN)/pdoc --math -o build/docs orograph
+
+evidence-1: $(READY)
+	$(BIN)/python -m evidence.certified_curvature
+
+browser: $(READY)
+	@sh tools/install-browser.sh
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Orograph needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Set PYTHON=python3.11.")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $(READY)
+
+relock: $(READY)
+	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager "torch==2.13.0" -e ".[test,lint,docs]"
+	@sed -n '/^#/p' requirements.lock > requirements.new
+	$(BIN)/python -m pip freeze --all --exclude-editable | sed 's/^torch==.*/torch==2.13.0/' | grep -v '^pip==' >> requirements.new
+	@mv requirements.new requirements.lock
+
+clean:
+	rm -rf .venv build demo-report
