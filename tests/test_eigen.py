@@ -228,3 +228,9 @@ def test_checkpoint_of_another_job_is_refused(tmp_path):
     eigenpairs(op, 2, checkpoint=tmp_path / "c.safetensors")
     with pytest.raises(ValueError, match="belongs to another job: k is 2 there and 3 here"):
         eigenpairs(op, 3, checkpoint=tmp_path / "c.safetensors")
+
+
+def test_checkpoint_of_another_matrix_is_refused(tmp_path):
+    eigenpairs(planted(SPECTRA["clustered top"]), 2, checkpoint=tmp_path / "c.safetensors")
+    with pytest.raises(ValueError, match="belongs to another job: product is"):
+        eigenpairs(planted(SPECTRA["clustered top"], seed=1), 2, checkpoint=tmp_path / "c.safetensors")

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from orograph import Objective, ggn, hessian, measure
+from orograph import NotDeterministic, Objective, OrographError, eigenpairs, ggn, hessian, measure, spectral_density
 
 from .networks import small_mlp
 from .oracles import relative
@@ -188,3 +188,91 @@ def test_theta_handed_out_is_a_copy():
     objective.theta.zero_()
     objective.point().theta.zero_()
     assert objective.value() == value
+
+
+def test_loss_or_model_that_holds_live_weights_is_refused():
+    model = small_mlp()
+    weights = list(model.parameters())
+    with pytest.raises(ValueError, match=r"uses the model's own '0\.weight' through a list"):
+        Objective(model, lambda o, t: F.cross_entropy(o, t) + sum((p**2).sum() for p in weights), (X, Y))
+    fine = Objective(model, lambda o, t: F.cross_entropy(o, t) + sum((p**2).sum() for p in model.parameters()), (X, Y))
+    assert fine.at(fine.theta * 2).value() > fine.value()
+
+
+def test_a_model_whose_modules_changed_is_refused():
+    model = small_mlp()
+    objective = Objective(model, nn.CrossEntropyLoss(), (X, Y))
+    model[2] = nn.Linear(6, 3).double()
+    with pytest.raises(OrographError, match="modules have changed"):
+        objective.value()
+
+
+def test_a_forward_that_writes_weights_is_refused():
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=0.1), nn.Flatten(), nn.Linear(4, 3)).double()
+    with pytest.raises(NotDeterministic, match=r"writes to the parameter '0\.weight'"):
+        Objective(model, nn.CrossEntropyLoss(), (Y[:, None].clone(), Y))
+
+
+def test_points_are_copies_in_and_out():
+    objective = Objective(normed(), nn.CrossEntropyLoss(), (X, Y))
+    value, point = objective.value(), objective.point()
+    there = objective.at(point)
+    point.theta.zero_()
+    point.buffers["1.running_mean"].add_(3)
+    assert objective.value() == value == there.value()
+    single = Objective(normed().float(), nn.CrossEntropyLoss(), (X.float(), Y))
+    assert single.at(objective.point()).dtype == torch.float32
+
+
+def test_running_statistics_belong_to_a_network():
+    objective, other = Objective(normed(), nn.CrossEntropyLoss(), (X, Y)), normed()
+    with pytest.raises(ValueError, match=r"lack the buffer 1\.running_mean"):
+        objective.at(dict(other.named_parameters()))
+
+
+class Lazy(nn.Module):
+    """Creates a buffer and an attribute in its first forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = small_mlp().float()
+        self.register_buffer("scale", None)
+
+    def forward(self, x):
+        if self.scale is None:
+            self.scale = torch.ones(4, dtype=x.dtype)
+            self.last_seen = x
+        return self.net(x * self.scale)
+
+
+def test_what_a_forward_creates_does_not_stay():
+    model = Lazy()
+    Objective(model, nn.CrossEntropyLoss(), (X.float(), Y), dtype=torch.float64).value()
+    assert model.scale is None and not hasattr(model, "last_seen")
+    assert model(X.float()).dtype == torch.float32
+
+
+def test_cached_parametrizations_do_not_leak_either_way():
+    model = nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)), nn.Linear(4, 3)).double()
+    objective = Objective(model, nn.CrossEntropyLoss(), (X, Y))
+    moved = objective.at(objective.theta * 2)
+    expected = moved.value()
+    with nn.utils.parametrize.cached():
+        before = model(X)
+        assert moved.value() == expected
+        assert torch.equal(model(X), before)
+
+
+def test_callers_under_inference_mode_and_autocast():
+    with torch.inference_mode():
+        model = small_mlp()
+        objective = Objective(model, nn.CrossEntropyLoss(), (X.clone(), Y.clone()), batch_size=25)
+        inside = eigenpairs(hessian(objective), tol=1e-6)
+        objective.now().value()
+    outside = eigenpairs(hessian(Objective(small_mlp(), nn.CrossEntropyLoss(), (X, Y))), tol=1e-6)
+    assert float(inside.values[0]) == pytest.approx(float(outside.values[0]), rel=1e-10)
+    single = Objective(small_mlp().float(), nn.CrossEntropyLoss(), (X.float(), Y))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = eigenpairs(hessian(single))
+        spectral_density(hessian(single))
+    assert rounded.status == "converged" and float(rounded.values[0]) == pytest.approx(float(outside.values[0]), rel=1e-4)

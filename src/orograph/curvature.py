@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .errors import OrographWarning
 from .layout import select_names
-from .linalg.operator import LinearOperator, Matmat, Space
+from .linalg.operator import NOISE, LinearOperator, Matmat, Space
 from .objective import Objective
-from .preflight import preflight
-from .products.gauss_newton import jacobian_sandwich, loss_hessian
+from .preflight import Verdict, preflight
+from .products.gauss_newton import OutputCurvature, jacobian_sandwich, loss_hessian
 from .products.likelihood import empirical_fisher, sampled_fisher
 from .products.reverse import hessian_matmat
 
@@ -32,14 +32,15 @@ def hessian(objective: Objective, *, engine: Engine = "auto", check: bool = True
     """
     _check(objective, engine, ("auto", "fresh", "retained"))
     engine = "fresh" if engine == "auto" else engine
-    return _operator(objective, lambda o: hessian_matmat(o, retain=engine == "retained"), "hessian", engine, check, memory)
+    return _operator(objective, lambda o: hessian_matmat(o, retain=engine == "retained"), None, check, memory, {"curvature": "hessian", "engine": engine})
 
 
 def ggn(objective: Objective, *, engine: Engine = "auto", check: bool = True, memory: int | str | None = None) -> LinearOperator:
     r"""The generalised Gauss-Newton matrix $G = \sum_b w_b J_b^\top (\nabla^2_{out} L_b) J_b$: the Hessian without the network's own curvature.
 
     Positive semi-definite for convex losses. What the loss adds that does not go through the outputs (a penalty on the weights) is
-    not in it. Arguments as for `hessian`; `check` proves the gradient only. Schraudolph 2002; Martens 2020, arXiv:1412.1193.
+    not in it. Arguments as for `hessian`; `check` proves the Jacobian against
+    differences of the outputs. Schraudolph 2002; Martens 2020, arXiv:1412.1193.
     """
     _check(objective, engine, ("auto", "fresh"))
     _needs_output(objective, "ggn")
@@ -51,7 +52,7 @@ def ggn(objective: Objective, *, engine: Engine = "auto", check: bool = True, me
             OrographWarning,
             stacklevel=2,
         )
-    return _operator(objective, lambda o: jacobian_sandwich(o, loss_hessian), "ggn", "fresh", check, memory)
+    return _operator(objective, lambda o: jacobian_sandwich(o, loss_hessian), loss_hessian, check, memory, {"curvature": "ggn", "engine": "fresh"})
 
 
 def fisher(
@@ -76,7 +77,7 @@ def fisher(
     if kind == "mc" and not objective.terms().batches.ordered:
         raise ValueError('fisher(kind="mc") keys labels by the index of the example, and this data comes in another order in each pass. Use shuffle=False.')
     curvature = sampled_fisher(seed) if kind == "mc" else empirical_fisher
-    return _operator(objective, lambda o: jacobian_sandwich(o, curvature), f"fisher-{kind}", "fresh", check, memory, seed=seed)
+    return _operator(objective, lambda o: jacobian_sandwich(o, curvature), curvature, check, memory, {"curvature": f"fisher-{kind}", "engine": "fresh", "seed": seed})
 
 
 def preconditioned(op: LinearOperator, scale: Tensor) -> LinearOperator:
@@ -107,15 +108,22 @@ def block(op: LinearOperator, objective: Objective, names: str | Sequence[str]) 
 
 def _derived(op: LinearOperator, matmat: Callable[[Tensor], Tensor], space: Space, what: str) -> LinearOperator:
     about = op.about | {"curvature": f"{what} of {op.about.get('curvature', 'operator')}"}
-    return LinearOperator(matmat, space.size, op.dtype, op.device, space, memory=op.memory, about=about)
+    return LinearOperator(matmat, space.size, op.dtype, op.device, space, memory=op.memory, noise=op.noise, about=about)
 
 
 def _operator(
-    objective: Objective, matmat_of: Callable[[Objective], Matmat], name: str, engine: str, check: bool, memory: int | str | None, **extra: Any
+    objective: Objective,
+    matmat_of: Callable[[Objective], Matmat],
+    curvature: OutputCurvature | None,
+    check: bool,
+    memory: int | str | None,
+    about: dict[str, Any],
 ) -> LinearOperator:
-    about = {"curvature": name, "engine": engine, "mode": objective.mode, "fingerprints": objective.fingerprints(), **extra}
-    about["preflight"] = preflight(objective, matmat_of if name == "hessian" else None) if check else "skipped"
-    return LinearOperator(matmat_of(objective), objective.size, objective.dtype, objective.device, objective.space, memory=memory, about=about)
+    verdict = preflight(objective, matmat_of, curvature) if check else Verdict("skipped")
+    about = about | {"mode": objective.mode, "fingerprints": objective.fingerprints(), "preflight": verdict.words, "noise": verdict.noise}
+    space = objective.space
+    noise = 10 * verdict.noise if verdict.noise > NOISE.get(space.dtype, 0.0) else 0.0  # one direction's gap; others may be worse
+    return LinearOperator(matmat_of(objective), space.size, space.dtype, space.device, space, memory=memory, noise=noise, about=about)
 
 
 def _check(objective: Objective, engine: str, engines: tuple[str, ...]) -> None:

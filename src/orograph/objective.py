@@ -264,16 +264,18 @@ class Objective:
                 parts.append(take_rows(batch, rows))
         return self.on(parts)
 
-    def in_double(self, examples: int) -> Objective:
-        """A float64 copy over the first batch's first examples (all of it, where batches must not be cut), for proofs."""
-        recipe = replace(self.recipe, criterion=self.recipe.criterion and self.recipe.criterion.in_double())
+    def on_few(self, examples: int, *, double: bool) -> Objective:
+        """A copy over the first batch's first examples (all of it, where batches must not be cut), in float64 if `double`; for proofs."""
         with self.applied():
             term = next(iter(self._terms))
-            whole = self.mode == "batch" or recipe.batch_loss is not None
+            whole = self.mode == "batch" or self.recipe.batch_loss is not None
             few = term if whole else replace(term, batch=take_rows(term.batch, torch.arange(min(examples, term.examples))))
             batch = few.batch if few.count_units() > 0 else term.batch
-        snapshot = self._snapshot.in_double()
-        terms, volatile = read_terms(snapshot, recipe, [as_double(batch)], None)
+        snapshot, recipe = self._snapshot, self.recipe
+        if double:
+            snapshot, batch = snapshot.in_double(), as_double(batch)
+            recipe = replace(recipe, criterion=recipe.criterion and recipe.criterion.in_double())
+        terms, volatile = read_terms(snapshot, recipe, [batch], None)
         return self._with(replace(snapshot, volatile=volatile), terms)
 
     def state_dict(self, point: Source = None) -> dict[str, Any]:

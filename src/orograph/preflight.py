@@ -1,82 +1,159 @@
 """Prove, in float64 and on a few examples, that products are what finite differences of the loss say they are.
 
 A symmetric and deterministic operator can still be wrong: a custom autograd Function whose backward returns detached tensors
-gives a symmetric one. So the product is compared with differences of gradients, and the gradient with differences of losses.
+gives a symmetric one. So the gradient is compared with differences of losses, the Hessian product with differences of gradients,
+and the Jacobian behind Gauss-Newton and Fisher products with differences of outputs. Then the product in the real precision is
+compared with the proven one, which gives its noise.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .errors import NotDeterministic, NotDifferentiable, OrographError, PreflightFailed
+from .linalg.operator import Matmat
 from .objective import Objective
+from .products.gauss_newton import OutputCurvature
 
 STEPS = (1e-6, 1e-7, 1e-8)  # relative to |theta|
 AGREE = 1e-4  # relative difference up to which a finite difference and a product agree
+WRONG = {torch.float64: 1e-3, torch.float32: 0.05}  # gap between real precision and float64 that no rounding explains
 EXAMPLES = 16
+BESIDE = 1e-3  # relative step to a neighbouring point, where the loss has a kink at the point itself
 
 
-def preflight(objective: Objective, matmat_of: Callable[[Objective], Callable[[Tensor], Tensor]] | None) -> str:
-    """Return "proven", or "unverified: why". Raises PreflightFailed where the steps agree with each other and not with the product.
+@dataclass(frozen=True)
+class Verdict:
+    """What was proven, in words; and the error of a product relative to its norm, in the precision that the operator uses."""
 
-    `matmat_of` makes the Hessian product of an objective; without it only the gradient is proven. Costs a product and seven
-    gradients of at most 16 examples.
+    words: str
+    noise: float = 0.0
+
+
+class _Kink(Exception):
+    """The point lies on a kink of the loss: differences do not settle."""
+
+
+def preflight(objective: Objective, matmat_of: Callable[[Objective], Matmat], curvature: OutputCurvature | None) -> Verdict:
+    """Prove the products that `matmat_of(objective)` makes: Hessian products, or J'CJ products with `curvature` C in output space.
+
+    "proven", or "unverified: why". Raises PreflightFailed where differences at several steps agree with each other and not with
+    the product. Costs two products and seven gradients (or a few forwards) of at most 16 examples.
     """
     try:
-        small = objective.in_double(EXAMPLES)
+        small = objective.on_few(EXAMPLES, double=True)
         direction = _direction(small)
-        _check_gradient(small, direction)
-        if matmat_of is None:
-            return "gradient proven"
-        exact = matmat_of(small)(direction[:, None])[:, 0]
-        slopes = [_directional(lambda o: o.gradient(), small, direction, step) for step in STEPS]
+        words = "proven"
+        try:
+            exact = _prove(small, direction, matmat_of, curvature)
+        except _Kink:
+            small = small.at(small.theta + BESIDE * small.theta.norm() * _direction(small, 1))
+            exact, words = None, _prove_beside(small, direction, matmat_of, curvature)
+        noise = _noise(objective, direction, matmat_of, exact) if exact is not None else 0.0
     except (NotDeterministic, NotDifferentiable, PreflightFailed):
         raise
     except (RuntimeError, TypeError, ValueError, OrographError) as error:  # a model or loss that cannot run in float64 or on fewer examples
-        return f"unverified: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    scale = max(float(exact.norm()), *(float(slope.norm()) for slope in slopes))
-    if not scale > 0:
-        return "proven"
-    gaps = [float((slope - exact).norm()) / scale for slope in slopes]
+        return Verdict(f"unverified: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+    return Verdict(words, noise)
+
+
+def _prove_beside(small: Objective, direction: Tensor, matmat_of: Callable[[Objective], Matmat], curvature: OutputCurvature | None) -> str:
+    try:
+        _prove(small, direction, matmat_of, curvature)
+    except _Kink:
+        return "unverified: the loss has kinks at these weights and beside them"
+    return "proven beside a kink of the loss"
+
+
+def _prove(small: Objective, direction: Tensor, matmat_of: Callable[[Objective], Matmat], curvature: OutputCurvature | None) -> Tensor:
+    """The product of `direction`, proven against differences."""
+    _check_gradient(small, direction)
+    exact = matmat_of(small)(direction[:, None])[:, 0]
+    if curvature is None:
+        slopes = [_directional(lambda o: o.gradient(), small, direction, step) for step in STEPS]
+        _compare(exact, slopes, small, "finite differences of the gradient")
+    else:
+        forms = [_quadratic_form(small, direction, step, curvature) for step in STEPS]
+        _compare((direction @ exact).reshape(1), forms, small, "finite differences of the outputs")
+    return exact
+
+
+def _compare(exact: Tensor, differences: list[Tensor], small: Objective, what: str) -> None:
+    """Agreement at any step proves; steps that agree with each other and not with the product refute; else there is a kink or noise."""
+    scale = max(float(exact.norm()), *(float(difference.norm()) for difference in differences))
+    gaps = [float((difference - exact).norm()) / scale if scale > 0 else 0.0 for difference in differences]
     if min(gaps) <= AGREE:
-        return "proven"
-    steady = float((slopes[0] - slopes[1]).norm()) / scale <= 0.1 * min(gaps)
-    if steady:
-        raise PreflightFailed(
-            f"the product disagrees with finite differences of the gradient by {min(gaps):.1%}, at steps that agree with each other. "
-            f"{_suspects(small)} Pass check=False only to study the operator as it is."
-        )
-    return f"unverified: finite differences at three steps differ from each other (gaps {', '.join(f'{gap:.1e}' for gap in gaps)}); the loss has kinks or noise here"
+        return
+    if float((differences[0] - differences[1]).norm()) / scale > 0.1 * min(gaps):
+        raise _Kink
+    raise PreflightFailed(
+        f"the product disagrees with {what} by {min(gaps):.1%}, at steps that agree with each other. "
+        f"{_suspects(small)} Pass check=False only to study the operator as it is."
+    )
 
 
-def _direction(objective: Objective) -> Tensor:
-    direction = objective.space.sample(0, 0, "normal")
+def _direction(objective: Objective, index: int = 0) -> Tensor:
+    direction = objective.space.sample(0, index, "normal")
     return direction / float(direction.norm())
 
 
 def _directional(function: Callable[[Objective], Tensor], objective: Objective, direction: Tensor, step: float) -> Tensor:
-    """Central difference of a vector function along a unit direction."""
+    """Central difference of a function along a unit direction."""
     theta = objective.theta
     reach = step * max(float(theta.norm()), 1e-3)
     return (function(objective.at(theta + reach * direction)) - function(objective.at(theta - reach * direction))) / (2 * reach)
 
 
 def _check_gradient(objective: Objective, direction: Tensor) -> None:
-    """The gradient's own derivative of the loss: wrong first gradients would pass a comparison of second ones with themselves."""
+    """The gradient against differences of the loss: wrong first gradients would pass a comparison of second ones with themselves."""
     slope = float(objective.gradient() @ direction)
-    differences = [float(_directional(lambda o: torch.tensor(o.value(), dtype=torch.float64), objective, direction, step)) for step in (1e-4, 1e-5, 1e-6)]
-    floor = 1e-9 * abs(objective.value())  # what float64 losses can tell
-    gaps = [abs(difference - slope) for difference in differences]
-    if min(gaps) <= AGREE * abs(slope) + floor or not math.isfinite(slope):
+    here, theta = objective.value(), objective.theta
+    sides = []
+    for step in (1e-4, 1e-5, 1e-6):
+        reach = step * max(float(theta.norm()), 1e-3)
+        sides.append([(objective.at(theta + sign * reach * direction).value() - here) / (sign * reach) for sign in (1, -1)])
+    central = [(ahead + behind) / 2 for ahead, behind in sides]
+    gap = min(abs(difference - slope) for difference in central)
+    if gap <= AGREE * abs(slope) + 1e-9 * abs(here) or not math.isfinite(slope):  # the floor is what float64 losses can tell
         return
-    if abs(differences[1] - differences[2]) <= 0.1 * min(gaps):
+    if abs(sides[2][0] - sides[2][1]) > 0.5 * gap or abs(central[1] - central[2]) > 0.1 * gap:
+        raise _Kink  # the two sides differ at the smallest step: autograd has chosen one of them
+    raise PreflightFailed(
+        f"the gradient disagrees with finite differences of the loss: {slope:.6g} along a random direction, where the loss says {central[1]:.6g}. {_suspects(objective)}"
+    )
+
+
+def _quadratic_form(objective: Objective, direction: Tensor, step: float, curvature: OutputCurvature) -> Tensor:
+    """(Jv)' C (Jv), (1,), with Jv a central difference of the outputs."""
+
+    def output(at: Objective) -> Tensor:
+        with at.applied(), torch.no_grad():
+            outputs: Tensor = next(iter(at.terms())).output()
+            return outputs
+
+    pushed = _directional(output, objective, direction, step)
+    with objective.applied():
+        term = next(iter(objective.terms()))
+        there = term.output().detach()
+        return (pushed * curvature(term, there)(pushed)).sum().reshape(1) * term.weight
+
+
+def _noise(objective: Objective, direction: Tensor, matmat_of: Callable[[Objective], Matmat], exact: Tensor) -> float:
+    """Error of the product in the operator's own precision on the same examples, relative to its norm."""
+    real = objective.on_few(EXAMPLES, double=False)
+    product = matmat_of(real)(direction.to(real.dtype)[:, None])[:, 0].double()
+    gap = float((product - exact).norm() / exact.norm().clamp(min=1e-300))
+    coarse = min((leaf.dtype for leaf in real.leaves), key=lambda dtype: -torch.finfo(dtype).eps)
+    if gap > WRONG.get(coarse, math.inf):
         raise PreflightFailed(
-            f"the gradient disagrees with finite differences of the loss: {slope:.6g} along a random direction, where the loss says {differences[1]:.6g}. {_suspects(objective)}"
+            f"the product in {str(coarse).removeprefix('torch.')} is {gap:.1%} off the proven one in float64 on the same examples, which no rounding explains. {_suspects(real)}"
         )
+    return gap
 
 
 def _suspects(objective: Objective) -> str:
@@ -91,9 +168,11 @@ def _suspects(objective: Objective) -> str:
         if here is None or here in seen:
             continue
         seen.add(here)
-        if isinstance(here, torch.autograd.function.BackwardCFunction):
-            names.append(type(here).__name__.removesuffix("Backward"))
+        names.append(type(here).__name__.removesuffix("Backward") if isinstance(here, torch.autograd.function.BackwardCFunction) else "")
+        if "WeightNorm" in type(here).__name__:
+            return "torch's own second derivative of weight_norm is the likely cause: fold it into the weights first (remove_parametrizations)."
         queue.extend(next_node for next_node, _ in here.next_functions)
-    if names:
-        return f"The custom autograd.Function {names[0]!r} is the likely cause: its backward must be made of differentiable torch operations."
+    custom = [name for name in names if name]
+    if custom:
+        return f"The custom autograd.Function {custom[0]!r} is the likely cause: its backward must be made of differentiable torch operations."
     return "A kernel with a hand-written backward, or a gradient that is detached inside the model, is the likely cause."

@@ -49,7 +49,7 @@ def spectral_density(
     if need > op.memory:
         raise OutOfBudget(f"spectral_density(steps={steps}) needs {need / 2**30:.2f} GiB for its basis, the budget is {op.memory / 2**30:.2f} GiB. Use fewer steps or give the operator a larger memory=.")
     before = op.products
-    job = job_description(op, what="density", samples=num_samples, steps=steps, seed=seed)
+    job = job_description(op, checkpoint, what="density", samples=num_samples, steps=steps, seed=seed)
     with checkpointing(checkpoint, job) as (found, keep), progress_bar(progress, "spectral density") as report:
         state = found or {}
         op.products += int(state.get("products", torch.zeros(1))[0])

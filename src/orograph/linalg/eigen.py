@@ -16,7 +16,6 @@ from .power import power_vectors
 from .search import Goal, Which, lanczos_search
 
 Method = Literal["lanczos", "power"]
-NOISE = {torch.float64: 1e-14, torch.float32: 1e-6}  # round-off of a product, relative to the largest eigenvalue
 
 
 @in_full_precision
@@ -99,7 +98,7 @@ def _checked(op: LinearOperator, k: int, which: str, method: str, tol: float, ma
         raise ValueError(f'eigenpairs(method={method!r}): choose "lanczos" or "power".')
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise ValueError(f"eigenpairs(k={k!r}) needs a positive whole number of pairs.")
-    goal = Goal(k, which, float(tol), NOISE.get(op.dtype, 1e-2))  # type: ignore[arg-type]
+    goal = Goal(k, which, float(tol), op.noise)  # type: ignore[arg-type]
     if goal.count > op.size:
         raise ValueError(f"eigenpairs(k={k}) needs {'2 k' if which == 'both' else 'k'} <= op.size = {op.size}. Ask for fewer pairs, or use op.dense() for all of them.")
     if not 0 < tol < 1:

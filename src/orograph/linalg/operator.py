@@ -22,6 +22,7 @@ from ..memory import memory_budget
 SampleKind = Literal["normal", "rademacher", "sphere"]
 Matmat = Callable[[Tensor], Tensor]  # (n, k) -> (n, k)
 
+NOISE = {torch.float64: 1e-14, torch.float32: 1e-6}  # round-off of a product, relative to the operator's norm
 CHUNK = 1 << 16  # rows whose dot products are summed in the working precision before float64 takes over
 
 
@@ -95,7 +96,8 @@ class LinearOperator:
 
     `matmat`: (n, k) -> (n, k), must be linear and symmetric, and the same map at every call · `size`: n · `space`: where the
     vectors live (default: one block) · `memory`: bytes that a basis of vectors may take; default half of what is free.
-    `products` counts operator-vector products spent so far; `about` says where the operator comes from.
+    `noise`: error of a product relative to the operator's norm, where it is more than the round-off of `dtype` (a half-precision
+    model behind single-precision vectors) · `products` counts operator-vector products spent so far; `about` says where the operator comes from.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class LinearOperator:
         space: Space | None = None,
         *,
         memory: int | str | None = None,
+        noise: float = 0.0,
         about: dict[str, Any] | None = None,
     ) -> None:
         if size < 1:
@@ -119,6 +122,7 @@ class LinearOperator:
         self.device = torch.device(device)
         self.space = space or Space(blocks=(("", size),), dtype=dtype, device=self.device)
         self.memory = memory_budget(memory, self.device)
+        self.noise = max(noise, NOISE.get(dtype, 1e-2))
         self.about: dict[str, Any] = about or {}
         self.products = 0
         if self.space.size != size:

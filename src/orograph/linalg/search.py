@@ -116,7 +116,7 @@ def lanczos_search(
     op: LinearOperator, goal: Goal, capacity: int, budget: int, start: Tensor | None, seed: int, checkpoint: str | Path | None, report: Report
 ) -> tuple[Tensor, float, float]:
     """Rows (c, n) that span the wanted pairs, the chance that one was missed, and the largest |Ritz value| seen."""
-    job = job_description(op, what="eigenpairs", k=goal.k, which=goal.which, tol=goal.tol, seed=seed, start=start is not None)
+    job = job_description(op, checkpoint, what="eigenpairs", k=goal.k, which=goal.which, tol=goal.tol, seed=seed, start=start is not None)
     with checkpointing(checkpoint, job) as (found, keep):
         if found is not None:
             search = Search.resumed(op, found)

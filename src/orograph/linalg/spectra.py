@@ -10,7 +10,7 @@ from torch import Tensor
 from ..progress import Progress
 from ..results import Density, Eigenpairs, Estimate, Spectrum, worst_status
 from .density import spectral_density
-from .eigen import NOISE, eigenpairs
+from .eigen import eigenpairs
 from .operator import LinearOperator, in_full_precision
 from .traces import trace
 
@@ -38,7 +38,7 @@ def spectrum(
     bottom = eigenpairs(op, 1, which="smallest", seed=seed, checkpoint=file("bottom"), progress=progress)
     total = trace(op, rel_error=rel_error, max_products=max_products or 1000, seed=seed, checkpoint=file("trace"), progress=progress)
     density = spectral_density(op, seed=seed, checkpoint=file("density"), progress=progress)
-    floor = NOISE.get(op.dtype, 1e-2) * max(abs(float(top.values[0])), abs(float(bottom.values[0])))
+    floor = op.noise * max(abs(float(top.values[0])), abs(float(bottom.values[0])))
     return Spectrum(
         top=top,
         bottom=bottom,

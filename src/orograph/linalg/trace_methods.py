@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .checkpoints import State
 from .intervals import Moments, SketchAlgebra, leave_one_out, spread
-from .operator import LinearOperator
+from .operator import NOISE, LinearOperator
 
 VECTORS = ("Q", "AQ", "D")  # parts of a state that live on the operator's device; the numbers stay on the CPU
 BATCH = 8  # columns per call of the operator: what a killed job can lose, twice over
@@ -50,8 +50,9 @@ def grow(op: LinearOperator, method: str, state: State, budget: int, seed: int) 
 def moments(op: LinearOperator, method: str, state: State, seed: int) -> Moments:
     """The estimate that a state amounts to. No products; XTrace: O(n k^2) and the k random vectors once more."""
     if method == "exact":
-        return Moments(float(state["total"]), 0.0, math.inf, 0.0, 0.0)
-    epsilon = ROUNDINGS * torch.finfo(op.dtype).eps
+        blur = _excess_noise(op) * abs(float(state["total"]))
+        return Moments(float(state["total"]), blur, math.inf, 0.0, blur)
+    epsilon = max(ROUNDINGS * torch.finfo(op.dtype).eps, _excess_noise(op))
     if method == "xtrace":
         values, tangents, dependence, scale = _xtrace_forms(op, state, seed)
         return spread(values, tangents, dependence, epsilon * scale)
@@ -63,6 +64,11 @@ def moments(op: LinearOperator, method: str, state: State, seed: int) -> Moments
     captured, magnitude = state.get("captured", torch.zeros(2, dtype=torch.float64))
     noise = epsilon * float(magnitude + squares.mean().sqrt())
     return spread(captured + forms, squares - forms**2 / dimension, 1.0, noise)
+
+
+def _excess_noise(op: LinearOperator) -> float:
+    """Relative error of a product where it is more than the rounding of the operator's dtype, as for half-precision models."""
+    return op.noise if op.noise > NOISE.get(op.dtype, 0.0) else 0.0
 
 
 def _grow_exact(op: LinearOperator, state: State, budget: int, seed: int) -> State | None:

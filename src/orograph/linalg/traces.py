@@ -49,7 +49,7 @@ def trace(
     """
     _check(op, method, rel_error, max_products, seed)
     kind = _choose(op, method, rel_error, max_products)
-    job = job_description(op, task="trace", method=method, seed=seed)
+    job = job_description(op, checkpoint, task="trace", method=method, seed=seed)
     with progress_bar(progress, "trace") as report, checkpointing(checkpoint, job) as (found, keep):
         state = _start(op, kind, max_products) if found is None else _placed(found, op)
         expected = max_products if rel_error is None else FIRST
