@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from .browser import ARGUMENTS, find_browser
 from orograph.records import Record, Records, load_records, save_records
 from orograph.report import write_report
 from orograph.report.blocks import DRAW, make_block
@@ -22,6 +21,8 @@ from orograph.report.surfaces import draw_surfaces
 from orograph.report.tables import draw_bars, draw_heat
 from orograph.report.theme import PALETTE, Scale, Series, choose_scale, decade_ticks, plain, spread
 from orograph.results import Curve, Density, Estimate, Spectrum, Surface, Table
+
+from .browser import ARGUMENTS, find_browser
 from .test_records import ALL_KINDS, make_density, make_eigenpairs, make_spectrum
 
 HOSTILE = "<script>alert('x')</script> & <img src=https://example.com/x onerror=alert(1)>"
