@@ -275,3 +275,15 @@ def test_gauss_newton_of_a_loss_that_is_linear_in_the_outputs_warns():
     exact = float(v @ (ggn(composed) @ v))
     draws = torch.stack([v @ (fisher(case.objective(150), seed=seed, check=False) @ v) for seed in range(60)])
     assert abs(float(draws.mean()) - exact) < 4 * float(draws.std()) / 60**0.5
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["classes", "soft"])
+def test_mc_fisher_weighs_soft_and_smoothed_targets_as_the_ggn_does(kind, smoothing):
+    case = CASES["cross-entropy" if kind == "classes" else "soft targets"]
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64), label_smoothing=smoothing)
+    objective = Objective(case.model, loss, case.batches(150))
+    v = objective.space.sample(0, 0, "normal")
+    exact = float(v @ (ggn(objective) @ v))
+    draws = torch.stack([v @ (fisher(objective, seed=seed, check=False) @ v) for seed in range(60)])
+    assert abs(float(draws.mean()) - exact) < 4 * float(draws.std()) / 60**0.5

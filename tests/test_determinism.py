@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
-from orograph import NotDeterministic, Objective
+from orograph import NotDeterministic, Objective, fisher
+from orograph.batches import hash_examples
 
 from .networks import small_mlp
 
@@ -142,3 +143,17 @@ def test_fingerprint_is_that_of_the_set_in_whatever_batches():
     }
     assert len(prints) == 1
     assert Objective(small_mlp(), nn.CrossEntropyLoss(), (X.flip(1), Y)).fingerprints()["data"] not in prints
+
+
+def test_sampled_labels_and_samples_need_one_order_of_the_examples():
+    shuffled = Objective(small_mlp(), nn.CrossEntropyLoss(), DataLoader(TensorDataset(X, Y), 10, shuffle=True))
+    with pytest.raises(ValueError, match="another order in each pass"):
+        fisher(shuffled)
+    with pytest.raises(NotDeterministic, match="one fixed order"):
+        shuffled.sample(5, seed=0)
+
+
+def test_different_examples_have_different_hashes():
+    assert len(set(hash_examples((torch.eye(1000).double(),)).tolist())) == 1000
+    bits = (torch.arange(4096)[:, None] >> torch.arange(12)) & 1
+    assert len(set(hash_examples((bits.double(),)).tolist())) == 4096

@@ -130,6 +130,11 @@ class Batches:
             start += count_examples(batch)
 
     @property
+    def repeats(self) -> bool:
+        """Whether every pass gives the batches of the first one, in its order."""
+        return self.ordered or self.kept is not None
+
+    @property
     def examples(self) -> int:
         return len(self.reading.hashes)
 
@@ -170,7 +175,7 @@ def read_batches(data: Any, *, batch_size: int | None, prepare: Callable[[Tensor
             "Use shuffle=False, or a list of batches."
         )
     ordered = exact and bool((first.hashes == second.hashes).all())
-    return Batches(source, prepare, kept, first, ordered or kept is not None, exact, generators)
+    return Batches(source, prepare, kept, first, ordered, exact, generators)
 
 
 def is_pair(data: Any) -> bool:
@@ -223,7 +228,7 @@ def hash_examples(batch: Batch) -> Hashes:
         length = words.shape[1]
         if length not in _weights:
             _weights[length] = np.random.default_rng(0).integers(0, 2**64, length, np.uint64) | np.uint64(1)
-        total += _mix((words * _weights[length]).sum(axis=1, dtype=np.uint64) + np.uint64(salt))
+        total += _mix(_mix(words ^ _weights[length]).sum(axis=1, dtype=np.uint64) + np.uint64(salt))  # mixed first: sums of few-bit words collide
     return _mix(total)
 
 

@@ -73,18 +73,32 @@ class Criterion:
             return kept.double()
         return weight.double()[torch.where(kept, target, torch.zeros_like(target))] * kept
 
+    def curvature_weights(self, target: Tensor, axis: int) -> Tensor:
+        """For cross-entropy and NLL: the factor of every position's output Hessian, its sum over the smoothed, weighted targets."""
+        smoothing: float = self.settings.get("label_smoothing", 0.0)
+        weight: Tensor | None = self.settings.get("weight")
+        mean = 1.0 if weight is None else float(weight.double().mean())
+        if self.weighs_positions(target):
+            kept = target != self.settings.get("ignore_index", -100)
+            positions: Tensor = (1 - smoothing) * self.unit_weights(target) + smoothing * mean * kept.double()
+            return positions
+        soft = target.double().movedim(axis, -1)
+        hard = soft.sum(-1) if weight is None else soft @ weight.double()
+        factors: Tensor = (1 - smoothing) * hard + smoothing * mean
+        return factors
+
     def each(self, output: Tensor, target: Tensor) -> Tensor:
         """The loss of every unit on its own (reduction="none"); only for known losses."""
         if self.function is None:
             raise TypeError(f"the loss of single examples is not known for {self.name}: pass one of torch's own losses.")
         return self.function(output, target, **(self.settings | {"reduction": "none"}))
 
-    def in_double(self) -> Criterion:
+    def in_double(self, model: nn.Module) -> Criterion:
         """The same loss with its own tensors in float64, as far as they can be reached."""
         settings = as_double(self.settings)
         if self.function is not None:
             return replace(self, call=functools.partial(self.function, **settings), settings=settings)
-        call = copy.deepcopy(self.call).double() if isinstance(self.call, nn.Module) else self.call
+        call = _own_copy(self.call, model, None, torch.float64) if isinstance(self.call, nn.Module) else self.call
         return replace(self, call=call)
 
     def weighs_positions(self, target: Any) -> bool:
@@ -118,6 +132,7 @@ def as_criterion(criterion: Any, model: nn.Module, device: torch.device | None, 
         family = FAMILIES[function]
     else:
         reduction, family = str(getattr(criterion, "reduction", "mean")), "other"
+        reduction = "mean" if reduction == "none" else reduction  # a subclass that averages by itself: the proof decides
         call = _own_copy(criterion, model, device, dtype) if isinstance(criterion, nn.Module) else criterion
     if reduction == "none":
         raise ValueError(f'{name}(reduction="none") returns one loss per example. Use reduction="mean" or "sum".')
@@ -153,6 +168,9 @@ def _own_copy(criterion: nn.Module, model: nn.Module, device: torch.device | Non
     own = copy.deepcopy(criterion, memo=dict(shared))
     if not any(id(tensor) in shared for tensor in (*own.parameters(), *own.buffers())):
         own = own.to(device=device, dtype=dtype).requires_grad_(False)
+    for part in own.modules():
+        if id(part) not in shared:
+            part.training = False
     return own
 
 

@@ -274,7 +274,7 @@ class Objective:
         snapshot, recipe = self._snapshot, self.recipe
         if double:
             snapshot, batch = snapshot.in_double(), as_double(batch)
-            recipe = replace(recipe, criterion=recipe.criterion and recipe.criterion.in_double())
+            recipe = replace(recipe, criterion=recipe.criterion and recipe.criterion.in_double(recipe.model))
         terms, volatile = read_terms(snapshot, recipe, [batch], None)
         return self._with(replace(snapshot, volatile=volatile), terms)
 

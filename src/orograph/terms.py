@@ -113,7 +113,7 @@ class Terms:
     def __iter__(self) -> Iterator[Term]:
         for index, (first, batch) in enumerate(self.batches):
             term = Term(self.recipe, batch, first)
-            term.units = self.units[index] if self.batches.ordered else term.count_units()
+            term.units = self.units[index] if self.batches.repeats else term.count_units()
             if term.units == 0:
                 continue  # nothing in it counts: its mean would be 0/0
             term.weight = term.units / self.total if self.recipe.weighs else 1.0

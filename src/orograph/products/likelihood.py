@@ -34,7 +34,7 @@ def empirical_fisher(term: Term, output: Tensor) -> Callable[[Tensor], Tensor]:
     each = criterion.each(variable, target)
     (scores,) = torch.autograd.grad(each.sum(), variable)
     if criterion.family == "elementwise":
-        rows = output.numel() / len(output) if term.recipe.weighs else 1.0
+        rows = output.numel() / len(output) if criterion.reduction == "mean" else 1.0  # else an example's loss is the sum over its row
         weights = torch.full([len(output)] + [1] * (output.ndim - 1), rows, dtype=output.dtype, device=output.device)
         return outer_products(term, scores / rows, weights, axes=tuple(range(1, output.ndim)))
     axis = 1 if output.ndim > 1 else 0
@@ -63,10 +63,7 @@ def sampled_fisher(seed: int) -> Callable[[Term, Tensor], Callable[[Tensor], Ten
         variable = output.requires_grad_()
         plain = F.cross_entropy if criterion.family == "cross_entropy" else F.nll_loss
         (scores,) = torch.autograd.grad(plain(variable, labels, reduction="sum"), variable)
-        if criterion.weighs_positions(target):
-            weights = criterion.unit_weights(target).to(output.dtype)
-        else:
-            weights = target.sum(axis).to(output.dtype)  # 1, where the soft targets are probabilities
+        weights = criterion.curvature_weights(target, axis).to(output.dtype)
         return outer_products(term, scores, weights.unsqueeze(axis), axes=(axis,))
 
     return curvature
