@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ def spectrum(
 ) -> Spectrum:
     r"""The `k` largest eigenpairs (all, where the operator is smaller), the smallest, the trace to `rel_error`, the density, and what follows.
 
-    `negative_mass`: share of eigenvalues below zero by more than round-off. `condition`, by definition: kappa of a singular or
+    `negative_mass`: share of eigenvalues below -`density.width`; nearer to zero the density cannot tell their sign. `condition`, by definition: kappa of a singular or
     indefinite matrix is undefined, so each entry names what stands in for it. `max_products` bounds the trace (default 1000), whose
     share of the cost is the largest; see `eigenpairs`, `trace` and `spectral_density` for the other parts. `checkpoint`: a folder.
     """
@@ -38,13 +39,13 @@ def spectrum(
     bottom = eigenpairs(op, 1, which="smallest", seed=seed, checkpoint=file("bottom"), progress=progress)
     total = trace(op, rel_error=rel_error, max_products=max_products or 1000, seed=seed, checkpoint=file("trace"), progress=progress)
     density = spectral_density(op, seed=seed, checkpoint=file("density"), progress=progress)
-    floor = op.noise * max(abs(float(top.values[0])), abs(float(bottom.values[0])))
+    floor = max(density.width, op.noise * max(abs(float(top.values[0])), abs(float(bottom.values[0]))))
     return Spectrum(
         top=top,
         bottom=bottom,
         trace=total,
         density=density,
-        negative_mass=density.mass(-torch.inf, -floor),
+        negative_mass=replace(density.mass(-torch.inf, -floor), label=f"share of eigenvalues below {-floor:.2g}"),
         condition=condition_numbers(top, bottom, total, density),
         products=op.products - before,
         status=worst_status([top.status, bottom.status, total.status]),

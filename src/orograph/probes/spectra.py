@@ -16,7 +16,7 @@ def _says(results: Results) -> str:
     sign = "indefinite" if smallest < 0 < largest else "positive semi-definite" if largest > 0 else "negative semi-definite"
     return (
         f"The largest Hessian eigenvalue is {largest:.4g}: {stable}. The trace is {float(s.trace.value):.4g} (95 %: {float(low):.4g} to {float(high):.4g}), "
-        f"and the Hessian is {sign}: its smallest eigenvalue is {smallest:.3g}, and {float(s.negative_mass.value):.0%} of all are negative."
+        f"and the Hessian is {sign}: its smallest eigenvalue is {smallest:.3g}, and {float(s.negative_mass.value):.1%} of all are negative by more than the density resolves."
     )
 
 
