@@ -64,6 +64,16 @@ def collate_with_noise(items):
     return torch.stack(x) + 0.1 * torch.randn(len(x), 4), torch.stack(y)
 
 
+def collate_with_little_noise(items):
+    x, y = zip(*items, strict=True)
+    return torch.stack(x) + 3e-4 * torch.randn(len(x), 4), torch.stack(y)
+
+
+def collate_in_single_precision(items):
+    x, y = zip(*items, strict=True)
+    return (torch.stack(x) + 1e-3 * torch.randn(len(x), 4)).float(), torch.stack(y)
+
+
 class ReadOnce:
     def __init__(self):
         self.items = iter([(X, Y)])
@@ -77,7 +87,10 @@ MOVING = {
     "noise in a submodule": (lambda: nn.Sequential(small_mlp(4, 6, 4), Noisy()), lambda: (X, Y), r"module '1' draws random numbers"),
     "stateful buffer": (lambda: Counting(felt=True), lambda: (X, Y), r"writes to the buffer 'calls'"),
     "augmentation in the Dataset": (small_mlp, Augmented, r"random augmentation is at work"),
-    "augmentation in collate_fn": (small_mlp, lambda: DataLoader(TensorDataset(X, Y), 10, collate_fn=collate_with_noise), r"Random augmentation or masking"),
+    "augmentation in collate_fn": (small_mlp, lambda: DataLoader(TensorDataset(X, Y), 10, collate_fn=collate_with_noise), r"random augmentation is at work"),
+    "augmentation in a shuffled collate_fn": (small_mlp, lambda: DataLoader(TensorDataset(X, Y), 10, shuffle=True, collate_fn=collate_with_noise), r"Random augmentation or masking"),
+    "little augmentation": (small_mlp, lambda: DataLoader(TensorDataset(X, Y), 10, shuffle=True, collate_fn=collate_with_little_noise), r"Random augmentation or masking"),
+    "little augmentation, single precision": (lambda: small_mlp().float(), lambda: DataLoader(TensorDataset(X, Y), 10, shuffle=True, collate_fn=collate_in_single_precision), r"Random augmentation or masking"),
     "drop_last": (small_mlp, lambda: DataLoader(TensorDataset(X, Y), 15, drop_last=True), r"drop_last=True\) leaves out 5 of 50"),
     "drop_last, shuffled": (small_mlp, lambda: DataLoader(TensorDataset(X, Y), 15, shuffle=True, drop_last=True), r"leaves out 5 of 50"),
     "sampling with replacement": (small_mlp, lambda: DataLoader(TensorDataset(X, Y), 10, sampler=RandomSampler(X, replacement=True)), r"sampler that draws at random"),
@@ -89,6 +102,7 @@ MOVING = {
 @pytest.mark.parametrize("name", MOVING)
 def test_what_moves_is_refused_and_named(name):
     model, data, message = MOVING[name]
+    torch.manual_seed(0)
     with pytest.raises(NotDeterministic, match=message):
         Objective(model(), nn.CrossEntropyLoss(), data())
 

@@ -1,21 +1,23 @@
 """The data as a fixed sequence of batches: adapters for tensors, Datasets and loaders, and the proof that they stand still.
 
-A batch is any nesting of dicts, lists and tuples of tensors whose first axis counts examples. Every example is hashed, so that
-the same set of examples has one fingerprint in whatever batches and order it comes, and a second reading can be compared.
+A batch is any nesting of dicts, lists, tuples and dataclasses of tensors or arrays whose first axis counts examples. Every example
+is hashed, so that the same set has one fingerprint in whatever batches and order it comes, and a second reading can be compared.
 """
 
 from __future__ import annotations
 
 import copy
+import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from .errors import NotDeterministic
 from .state import rng_kept
@@ -27,21 +29,27 @@ DEFAULT_BATCH = 512
 
 
 def map_tensors(function: Callable[[Tensor], Any], batch: Batch) -> Batch:
-    """The same nesting with `function` applied to every tensor; other leaves stay as they are."""
+    """The same nesting with `function` applied to every tensor; arrays go through it and stay arrays, other leaves stay as they are."""
     if isinstance(batch, Tensor):
         return function(batch)
+    if isinstance(batch, np.ndarray) and batch.dtype.kind in "biufc":
+        return function(torch.from_numpy(batch.copy())).cpu().numpy()
     if isinstance(batch, Mapping):
         mapped = {key: map_tensors(function, value) for key, value in batch.items()}
         if type(batch) is dict:
             return mapped
-        other = copy.copy(batch)  # keeps attribute access, as in transformers' BatchEncoding
+        other: Any = copy.copy(batch)  # keeps attribute access, as in transformers' BatchEncoding
         for key, value in mapped.items():
-            other[key] = value  # type: ignore[index]
+            other[key] = value
         return other
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a namedtuple
-        return type(batch)(*(map_tensors(function, item) for item in batch))
     if isinstance(batch, (list, tuple)):
-        return type(batch)(map_tensors(function, item) for item in batch)
+        items = [map_tensors(function, item) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)  # a namedtuple takes them one by one
+    if is_dataclass(batch) and not isinstance(batch, type):
+        changed = copy.copy(batch)  # not replace(): __post_init__ has already been through these values
+        for part in fields(batch):
+            object.__setattr__(changed, part.name, map_tensors(function, getattr(batch, part.name)))
+        return changed
     return batch
 
 
@@ -51,22 +59,23 @@ def as_double(batch: Batch) -> Batch:
 
 
 def tensors_in(batch: Batch) -> list[Tensor]:
-    """Every tensor of a batch, depth first."""
+    """Every tensor of a batch (of every array a copy), depth first."""
     found: list[Tensor] = []
-    map_tensors(found.append, batch)
+    map_tensors(lambda t: found.append(t) or t, batch)  # type: ignore[func-returns-value]
     return found
 
 
 def count_examples(batch: Batch) -> int:
-    """Length of the first axis of the first tensor."""
-    tensors = [tensor for tensor in tensors_in(batch) if tensor.ndim > 0]
-    return len(tensors[0]) if tensors else 1
+    """The length that most tensors share; among equals one that is not 1, and then the last one's (the targets')."""
+    lengths = [len(tensor) for tensor in tensors_in(batch) if tensor.ndim > 0]
+    often = Counter(lengths)
+    return max(reversed(lengths), key=lambda n: (often[n], n != 1), default=1)
 
 
 def take_rows(batch: Batch, rows: Tensor) -> Batch:
     """The examples `rows` of a batch; tensors that do not count examples stay whole."""
     count = count_examples(batch)
-    return map_tensors(lambda t: t[rows.to(t.device)] if t.ndim > 0 and len(t) == count else t, batch)
+    return map_tensors(lambda t: t.index_select(0, rows.to(t.device)) if t.ndim > 0 and len(t) == count else t, batch)
 
 
 @dataclass(frozen=True)
@@ -96,32 +105,28 @@ class Batches:
     prepare: Callable[[Tensor], Tensor]  # moves a tensor to the objective's device and dtype
     kept: list[Batch] | None  # the prepared batches, where they fit
     reading: Reading
-    ordered: bool  # the order of examples is the same in every pass
+    ordered: bool  # the order of examples is the data's own: the same in every pass over the source
     exact: bool = True  # examples hash alike in every pass (padding that depends on the batch makes them differ)
-    generators: Sequence[torch.Generator] = field(default_factory=tuple)
+    generators: Sequence[torch.Generator] = ()
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         """(index of the batch's first example, batch)."""
         if self.kept is not None:
-            start = 0
-            for batch, size in zip(self.kept, self.reading.sizes, strict=True):
-                yield start, batch
-                start += size
+            yield from zip(np.cumsum((0, *self.reading.sizes[:-1])).tolist(), self.kept, strict=True)
             return
         hashes: list[Any] = []
-        with rng_kept(), _generators_kept(self.generators):
-            for start, batch, found in self._read():
-                hashes.append(found)
-                yield start, batch
+        for start, batch, found in _drawn(self._read(), self.generators, []):
+            hashes.append(found)
+            yield start, batch
         now = Reading(np.concatenate(hashes), tuple(len(h) for h in hashes))
         if now.fingerprint != self.reading.fingerprint and (self.exact or len(now.hashes) != len(self.reading.hashes)):
             raise NotDeterministic(explain_difference(self.reading, now, self.source))
 
     def twice(self) -> Iterator[Iterator[tuple[int, Batch]]]:
         """Two passes straight from the source, the second with whatever random state the first has left."""
-        with rng_kept(), _generators_kept(self.generators):
-            for _ in range(2):
-                yield ((start, batch) for start, batch, _ in self._read())
+        stream: list[Any] = []
+        for _ in range(2):
+            yield ((start, batch) for start, batch, _ in _drawn(self._read(), self.generators, stream))
 
     def _read(self) -> Iterator[tuple[int, Batch, Hashes]]:
         start = 0
@@ -130,13 +135,13 @@ class Batches:
             start += count_examples(batch)
 
     @property
-    def repeats(self) -> bool:
-        """Whether every pass gives the batches of the first one, in its order."""
-        return self.ordered or self.kept is not None
-
-    @property
     def examples(self) -> int:
         return len(self.reading.hashes)
+
+    @property
+    def repeats(self) -> bool:
+        """Every iteration gives the batches of the first reading, in its order."""
+        return self.ordered or self.kept is not None
 
 
 def read_batches(data: Any, *, batch_size: int | None, prepare: Callable[[Tensor], Tensor], whole: bool, opaque: bool = False) -> Batches:
@@ -151,8 +156,10 @@ def read_batches(data: Any, *, batch_size: int | None, prepare: Callable[[Tensor
     kept: list[Batch] | None = []
     used = 0
     hashes: list[Any] = []
-    with rng_kept(), _generators_kept(generators):
+    with _apart(generators, []):
         for batch in source:
+            if not tensors_in(batch):
+                raise TypeError(f"a batch is a {type(batch).__name__} in which no tensor or array is found. Make it a dict, tuple, list or dataclass of tensors or arrays.")
             hashes.append(hash_examples(batch))
             used += 0 if still else sum(t.numel() * t.element_size() for t in tensors_in(batch))
             kept = kept if used <= CACHE_BYTES else None
@@ -161,19 +168,15 @@ def read_batches(data: Any, *, batch_size: int | None, prepare: Callable[[Tensor
         if not hashes or not sum(map(len, hashes)):
             raise ValueError("data is empty: it yields no example. Pass (inputs, targets), a Dataset, or an iterable of batches.")
         first = Reading(np.concatenate(hashes), tuple(len(h) for h in hashes))
-        second = first
-        if not still:
-            again = [hash_examples(batch) for batch in source]
-            second = Reading(np.concatenate([np.empty(0, np.uint64), *again]), tuple(len(h) for h in again))
+        again = hashes if still else [hash_examples(batch) for batch in source]
+        second = Reading(np.concatenate([np.empty(0, np.uint64), *again]), tuple(len(h) for h in again))
     _refuse_dropping(source, whole)
     exact = first.fingerprint == second.fingerprint
     if not exact and (len(first.hashes) != len(second.hashes) or not _padding_may_differ(source)):
         raise NotDeterministic(explain_difference(first, second, source))
     if whole and first.grouping != second.grouping:
-        raise NotDeterministic(
-            'mode="batch" makes the batches part of the loss, and this data groups its examples differently in each pass. '
-            "Use shuffle=False, or a list of batches."
-        )
+        why = 'mode="batch" makes the batches part of the loss, and this data groups its examples differently in each pass'
+        raise NotDeterministic(f"{why}. Use shuffle=False, or a list of batches.")
     ordered = exact and bool((first.hashes == second.hashes).all())
     return Batches(source, prepare, kept, first, ordered, exact, generators)
 
@@ -197,8 +200,6 @@ def adapt(data: Any, *, batch_size: int | None, whole: bool, opaque: bool) -> It
         return list(zip(inputs.split(size), targets.split(size), strict=True))
     if isinstance(data, Dataset) and not opaque:
         items = len(data) if not isinstance(data, IterableDataset) else None  # type: ignore[arg-type]
-        if items == 0:
-            raise ValueError("data is empty: the Dataset has length 0.")
         return DataLoader(data, batch_size=batch_size or (items if whole and items else DEFAULT_BATCH))
     if not isinstance(data, Iterable):
         raise TypeError(f"data is a {type(data).__name__}. Pass (inputs, targets), a Dataset, or an iterable of batches.")
@@ -209,9 +210,6 @@ def adapt(data: Any, *, batch_size: int | None, whole: bool, opaque: bool) -> It
     return data
 
 
-_weights: dict[int, Hashes] = {}
-
-
 def hash_examples(batch: Batch) -> Hashes:
     """A 64-bit hash of every example of a batch (n,), from its bytes."""
     count = count_examples(batch)
@@ -219,17 +217,19 @@ def hash_examples(batch: Batch) -> Hashes:
     if not count:
         return total
     for salt, tensor in enumerate(tensors_in(batch), start=1):
-        raw = tensor.detach().cpu().contiguous()
-        per_example = raw.ndim > 0 and len(raw) == count
-        flat = raw.reshape(count if per_example else 1, -1)
+        raw = tensor.detach().to_dense().cpu().contiguous()
+        flat = raw.reshape(count if raw.ndim > 0 and len(raw) == count else 1, -1)  # one row per example, or one for all
         octets = flat.view(torch.uint8).numpy() if flat.numel() else np.zeros((len(flat), 1), np.uint8)
-        padded = np.pad(octets, ((0, 0), (0, -octets.shape[1] % 8)))
-        words = np.ascontiguousarray(padded).view(np.uint64)
-        length = words.shape[1]
-        if length not in _weights:
-            _weights[length] = np.random.default_rng(0).integers(0, 2**64, length, np.uint64) | np.uint64(1)
-        total += _mix(_mix(words ^ _weights[length]).sum(axis=1, dtype=np.uint64) + np.uint64(salt))  # mixed first: sums of few-bit words collide
+        padded = np.pad(octets, ((0, 0), (0, -octets.shape[1] % 8))) if octets.shape[1] % 8 else octets
+        total += _mix(_sum_mixed(np.ascontiguousarray(padded).view(np.uint64)) + np.uint64(salt))
     return _mix(total)
+
+
+def _sum_mixed(words: Hashes) -> Hashes:
+    """Sum of every row's words (n,), each mixed with a key of its place: a product alone would drop the upper bits of round numbers."""
+    keys = np.random.default_rng(0).integers(0, 2**64, words.shape[1], np.uint64)
+    step = max(2**15 // len(keys), 1)  # rows at a time, so that they stay in the processor's cache
+    return np.concatenate([_mix(words[i : i + step] ^ keys).sum(axis=1, dtype=np.uint64) for i in range(0, len(words), step)])
 
 
 def _mix(x: Hashes) -> Hashes:
@@ -250,45 +250,60 @@ def explain_difference(first: Reading, second: Reading, source: Any) -> str:
         return "data changes between passes: drop_last=True with shuffling leaves out different examples each time. Use drop_last=False."
     shared = len(np.intersect1d(first.hashes, second.hashes)) / before
     if shared > 0.2:
-        return (
-            f"data changes between passes: only {shared:.0%} of the examples come again. A sampler that draws at random, or random "
-            "augmentation of some examples, is at work. Use a sampler without replacement over the whole set, and no augmentation."
-        )
-    return (
-        "data changes between passes: the examples themselves come out different each time, so random augmentation is at work "
-        "(in the Dataset's transform or in collate_fn). Turn it off, or pass a list of already augmented batches."
-    )
+        which = f"only {shared:.0%} of the examples come again. A sampler that draws at random, or random augmentation of some examples, is at work"
+        return f"data changes between passes: {which}. Use a sampler without replacement over the whole set, and no augmentation."
+    why = "the examples themselves come out different each time, so random augmentation is at work (in the Dataset's transform or in collate_fn)"
+    return f"data changes between passes: {why}. Turn it off, or pass a list of already augmented batches."
 
 
 def _refuse_dropping(source: Any, whole: bool) -> None:
     """A loader that leaves out the last examples does not give the loss of the whole set."""
-    if isinstance(source, DataLoader) and source.drop_last and source.batch_size and not isinstance(source.dataset, IterableDataset):
-        left_out = len(source.sampler) % source.batch_size  # type: ignore[arg-type]
-        shuffled = not isinstance(source.sampler, torch.utils.data.SequentialSampler)
-        if left_out and (shuffled or not whole):
-            raise NotDeterministic(
-                f"DataLoader(drop_last=True) leaves out {left_out} of {len(source.sampler)} examples. "  # type: ignore[arg-type]
-                "Use drop_last=False: a shorter last batch is weighted as it should be."
-            )
+    batching = source.batch_sampler if isinstance(source, DataLoader) else None  # torch's own or the user's
+    if isinstance(batching, BatchSampler) and batching.drop_last and not isinstance(source.dataset, IterableDataset):
+        left_out = (examples := len(batching.sampler)) % batching.batch_size  # type: ignore[arg-type]
+        if left_out and not (whole and isinstance(batching.sampler, SequentialSampler)):
+            lost = f"leaves out {left_out} of {examples} examples"
+            raise NotDeterministic(f"DataLoader(drop_last=True) {lost}. Use drop_last=False: a shorter last batch is weighted as it should be.")
 
 
 def _padding_may_differ(source: Any) -> bool:
-    """Whether a collate function pads to the longest example of the batch, so that shuffling changes an example's bytes."""
-    return isinstance(source, DataLoader) and source.collate_fn is not torch.utils.data.default_collate
+    """Whether a collate function pads to the longest example of a batch that may be another one in every pass."""
+    fixed = isinstance(source, DataLoader) and source.batch_size is not None and isinstance(source.sampler, SequentialSampler)
+    return isinstance(source, DataLoader) and source.collate_fn is not torch.utils.data.default_collate and not fixed
 
 
 def _generators_of(source: Any) -> list[torch.Generator]:
-    holders = [source, getattr(source, "sampler", None), getattr(getattr(source, "batch_sampler", None), "sampler", None)]
-    found = [getattr(holder, "generator", None) for holder in holders]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+    """What a loader, its samplers and its data set draw from, where they hold a generator."""
+    batching = getattr(source, "batch_sampler", None)
+    holders = (source, getattr(source, "sampler", None), batching, getattr(batching, "sampler", None), getattr(source, "dataset", None))
+    held = [value for holder in holders for value in getattr(holder, "__dict__", {}).values()]
+    return list({id(g): g for g in held if isinstance(g, torch.Generator)}.values())
 
 
 @contextmanager
-def _generators_kept(generators: Sequence[torch.Generator]) -> Iterator[None]:
-    """A loader's own generators are afterwards what they were before."""
-    states = [generator.get_state() for generator in generators]
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
+def _apart(generators: Sequence[torch.Generator], stream: list[Any]) -> Iterator[None]:
+    """Random numbers drawn inside go on where `stream` ended (an empty one starts from outside), and outside none has been drawn."""
+    everything = (torch.default_generator, *torch.cuda.default_generators, *generators)
+    before = [generator.get_state() for generator in everything]
+    with rng_kept():
+        if stream:
+            random.setstate(stream[0])
+            np.random.set_state(stream[1])  # noqa: NPY002 - the global state that a Dataset may draw from
+        for generator, state in zip(everything, stream[2:], strict=False):
             generator.set_state(state)
+        try:
+            yield
+        finally:
+            stream[:] = random.getstate(), np.random.get_state(), *(generator.get_state() for generator in everything)  # noqa: NPY002
+            for generator, state in zip(everything, before, strict=True):
+                generator.set_state(state)
+
+
+def _drawn(items: Iterator[Any], generators: Sequence[torch.Generator], stream: list[Any]) -> Iterator[Any]:
+    """Every item drawn `_apart`: no state is held back while the consumer works, which may fail and never come back."""
+    while True:
+        with _apart(generators, stream):
+            item = next(items, None)
+        if item is None:
+            return
+        yield item
