@@ -118,7 +118,7 @@ def test_mc_labels_do_not_depend_on_the_batching():
         assert not torch.allclose(fisher(CASES[name].objective(300), seed=4).dense(), ops[1].dense())
 
 
-@pytest.mark.parametrize("name", ["cross-entropy", "label smoothing", "regression", "soft targets", "binary"])
+@pytest.mark.parametrize("name", ["cross-entropy", "label smoothing", "regression", "soft targets", "binary", "batchmean"])
 def test_empirical_fisher_is_the_mean_outer_product_of_example_gradients(name):
     case = CASES[name]
     x, y = case.data
@@ -282,6 +282,23 @@ def test_gauss_newton_of_a_loss_that_is_linear_in_the_outputs_warns():
 def test_mc_fisher_weighs_soft_and_smoothed_targets_as_the_ggn_does(kind, smoothing):
     case = CASES["cross-entropy" if kind == "classes" else "soft targets"]
     loss = nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64), label_smoothing=smoothing)
+    objective = Objective(case.model, loss, case.batches(150))
+    v = objective.space.sample(0, 0, "normal")
+    exact = float(v @ (ggn(objective) @ v))
+    draws = torch.stack([v @ (fisher(objective, seed=seed, check=False) @ v) for seed in range(60)])
+    assert abs(float(draws.mean()) - exact) < 4 * float(draws.std()) / 60**0.5
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.HuberLoss(), nn.PoissonNLLLoss()])
+def test_broadcast_targets_are_refused(loss):
+    with pytest.raises(ValueError, match=r"outputs of shape \(50, 3\) and targets of shape \(50, 1\).*unsqueeze"):
+        Objective(small_mlp(), loss, (X, Y[:, None].double()), batch_size=50)
+
+
+def test_mc_fisher_leaves_ignored_positions_out_of_the_smoothing():
+    case = CASES["cross-entropy"]
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64), label_smoothing=0.3, ignore_index=1)
     objective = Objective(case.model, loss, case.batches(150))
     v = objective.space.sample(0, 0, "normal")
     exact = float(v @ (ggn(objective) @ v))

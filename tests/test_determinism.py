@@ -171,3 +171,54 @@ def test_different_examples_have_different_hashes():
     assert len(set(hash_examples((torch.eye(1000).double(),)).tolist())) == 1000
     bits = (torch.arange(4096)[:, None] >> torch.arange(12)) & 1
     assert len(set(hash_examples((bits.double(),)).tolist())) == 4096
+
+
+@pytest.mark.parametrize("first", [nn.ReLU(inplace=True), "subtract"])
+@pytest.mark.parametrize("make", [lambda x, y: (x, y), lambda x, y: [(x[:20], y[:20]), (x[20:], y[20:])], lambda x, y: DataLoader(TensorDataset(x, y), 20)])
+def test_a_model_that_writes_to_its_inputs_is_given_copies(first, make):
+    class Subtracting(nn.Module):
+        def forward(self, x):
+            return x.sub_(x.mean(1, keepdim=True))
+
+    model = nn.Sequential(first if isinstance(first, nn.Module) else Subtracting(), *small_mlp())
+    x = X.clone()
+    expected = F.cross_entropy(model(X.clone()), Y).item()
+    objective = Objective(model, nn.CrossEntropyLoss(), make(x, Y))
+    for _ in range(2):
+        assert objective.value() == pytest.approx(expected, rel=1e-12)
+        objective.gradient()
+    assert torch.equal(x, X) and torch.equal(objective.on((x, Y)).gradient(), objective.on((x, Y)).gradient()) and torch.equal(x, X)
+
+
+def test_a_forward_or_batch_loss_that_writes_to_its_inputs_is_given_copies():
+    model = small_mlp()
+    x = X.clone()
+    expected = F.cross_entropy(model(X - 1), Y).item()
+    by_forward = Objective(model, nn.CrossEntropyLoss(), [{"x": x, "y": Y}], forward=lambda m, b: (m(b["x"].sub_(1)), b["y"]))
+    by_loss = Objective.from_batch_loss(model, lambda m, b: (F.cross_entropy(m(b[0].sub_(1)), b[1], reduction="sum"), len(b[0])), [(x, Y)])
+    for objective in (by_forward, by_loss):
+        assert [objective.value() for _ in range(2)] == pytest.approx([expected] * 2, rel=1e-12)
+    assert torch.equal(x, X)
+
+
+def hard_examples(m, b):
+    each = F.cross_entropy(m(b[0]), b[1], reduction="none")
+    hard = each > 1.0
+    return each[hard].sum(), int(hard.sum())
+
+
+def only_confident(m, b):
+    out = m(b[0])
+    sure = out.softmax(1).max(1).values > 0.45
+    return out[sure], b[1][sure]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("kind", ["batch_loss", "forward"])
+def test_units_that_depend_on_the_weights_are_refused_where_they_change(kind, kept, monkeypatch):
+    monkeypatch.setattr("orograph.batches.CACHE_BYTES", 2**20 if kept else 0)
+    model, loader = small_mlp(), DataLoader(TensorDataset(X, Y), 25, shuffle=True)
+    objective = Objective.from_batch_loss(model, hard_examples, loader) if kind == "batch_loss" else Objective(model, nn.CrossEntropyLoss(), loader, forward=only_confident)
+    objective.value()
+    with pytest.raises(ValueError, match="number of units depends on the weights"):
+        objective.at(objective.theta * 0).value()

@@ -222,3 +222,54 @@ def test_operators_that_need_the_output_say_so():
     for build in (ggn, fisher):
         with pytest.raises(TypeError, match="forward="):
             build(objective)
+
+
+class Focal(nn.CrossEntropyLoss):
+    def __init__(self):
+        super().__init__(reduction="none")
+
+    def forward(self, out, t):
+        each = super().forward(out, t)
+        return ((1 - torch.exp(-each)) ** 2 * each).mean()
+
+
+def test_subclass_of_a_torch_loss_that_averages_by_itself_is_proven_not_refused():
+    case = CASES["cross-entropy"]
+    assert Objective(case.model, Focal(), case.batches(50)).value() == pytest.approx(Focal()(case.model(case.data[0]), case.data[1]).item(), rel=1e-12)
+    with pytest.raises(ValueError, match="not a scalar"):
+        Objective(case.model, type("Each", (nn.CrossEntropyLoss,), {})(reduction="none"), case.batches(50))
+
+
+@pytest.mark.parametrize("criterion", [nn.MSELoss(), lambda out, t: ((out - t) ** 2).mean(), nn.MSELoss(reduction="sum")])
+def test_a_perfect_fit_in_single_precision_is_within_rounding(criterion):
+    for seed in range(5):
+        model = small_mlp(100, 50, 1, seed=seed).float()
+        x = torch.randn(64, 100, generator=torch.Generator().manual_seed(seed))
+        assert Objective(model, criterion, [(part, model(part).detach()) for part in x.split(40)]).value() < 1e-9
+
+
+def test_dropout_in_the_criterion_is_off():
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, out, t):
+            return F.cross_entropy(self.drop(out), t)
+
+    case, criterion = CASES["cross-entropy"], Dropping()
+    assert Objective(case.model, criterion, case.batches(50)).value() == pytest.approx(case.objective(50).value(), rel=1e-12)
+    assert criterion.training and criterion.drop.training
+
+
+def test_value_of_a_padded_encoder_is_that_of_the_function_that_is_differentiated():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).double().eval()
+    g = torch.Generator().manual_seed(0)
+    x, mask = torch.randn(9, 6, 8, generator=g, dtype=torch.float64), torch.arange(6)[None] >= torch.randint(2, 7, (9, 1), generator=g)
+    mask[0] = False
+    forward = lambda m, b: (m(b["x"], src_key_padding_mask=b["mask"]), b["x"] * 0)
+    objective = Objective(model, nn.MSELoss(), [{"x": x, "mask": mask}], forward=forward)
+    with_gradients = F.mse_loss(model(x, src_key_padding_mask=mask), x * 0).item()
+    assert objective.value() == pytest.approx(with_gradients, rel=1e-12)
+    assert torch.backends.mha.get_fastpath_enabled()

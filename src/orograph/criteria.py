@@ -87,6 +87,14 @@ class Criterion:
         factors: Tensor = (1 - smoothing) * hard + smoothing * mean
         return factors
 
+    def check_shapes(self, output: Any, target: Any) -> None:
+        """Losses of single entries need one target for each: broadcasting would count other units than it averages over."""
+        if self.family == "elementwise" and isinstance(output, Tensor) and isinstance(target, Tensor) and output.shape != target.shape:
+            raise ValueError(
+                f"{self.name} got outputs of shape {tuple(output.shape)} and targets of shape {tuple(target.shape)}. "
+                "Give the targets the outputs' shape (unsqueeze, expand), so that no entry is broadcast."
+            )
+
     def each(self, output: Tensor, target: Tensor) -> Tensor:
         """The loss of every unit on its own (reduction="none"); only for known losses."""
         if self.function is None:

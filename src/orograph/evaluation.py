@@ -64,7 +64,7 @@ def all_metrics(terms: Terms, metrics: Mapping[str, Metric]) -> dict[str, float]
             if recipe.criterion is not None and (right := correct_predictions(recipe.criterion, output, term.target)) is not None:
                 found = {"accuracy": (float(right[0].sum()), float(right[1].sum()))}
             for name, metric in metrics.items():
-                result = metric(output, term.target) if recipe.batch_loss is None else metric(recipe.model, term.batch)
+                result = metric(output, term.target) if recipe.batch_loss is None else metric(recipe.model, term.given())
                 found[name] = result if isinstance(result, tuple) else (float(result) * term.examples, term.examples)
             for name, pair in found.items():
                 total, count = sums.get(name, (0.0, 0.0))

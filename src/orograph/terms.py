@@ -5,16 +5,17 @@ Engines see four things: `with objective.applied():`, and of every term its `wei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .batches import Batch, Batches, count_examples
+from .batches import Batch, Batches, count_examples, hash_examples, map_tensors, tensors_in
 from .criteria import Criterion
 
 Forward = Callable[[nn.Module, Batch], tuple[Any, Any]]  # (model, batch) -> (output, target)
@@ -31,6 +32,7 @@ class Recipe:
     batch_loss: BatchLoss | None
     forward: Forward | None
     count: Count | None
+    writes: bool = False  # the model or loss writes to what it is given, and gets copies
 
     @property
     def weighs(self) -> bool:
@@ -48,6 +50,7 @@ class Term:
     units: float = 0.0
     weight: float = 1.0
     _target: Any = field(default=None, repr=False)
+    _counted: float | None = field(default=None, repr=False)  # units found by the last evaluation
 
     @property
     def examples(self) -> int:
@@ -58,37 +61,58 @@ class Term:
         recipe = self.recipe
         if recipe.batch_loss is not None:
             return None
-        with _noted(self), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        with _noted(self), _plain_kernels():
             if recipe.forward is not None:
-                result = recipe.forward(recipe.model, self.batch)
+                result = recipe.forward(recipe.model, self.given())
                 if not isinstance(result, tuple) or len(result) != 2:
                     raise TypeError(f"forward(model, batch) must return (output, target), got {type(result).__name__}.")
                 output, self._target = result
                 return output
-            inputs, _ = _pair(self.batch)
-            return recipe.model(inputs)
+            return recipe.model(_pair(self.given())[0])
+
+    def given(self) -> Batch:
+        """The batch for a call of the user's code: a copy where that writes to it."""
+        return map_tensors(_copied, self.batch) if self.recipe.writes else self.batch
 
     @property
     def target(self) -> Any:
         """The targets; with `forward=` they are known after `output()`."""
-        return self._target if self.recipe.forward is not None else _pair(self.batch)[1]
+        return self._target if self.recipe.forward is not None else _pair(self.given())[1]
 
     def loss_of(self, output: Any) -> Tensor:
         """The batch's own loss, a scalar: the mean over its units, or their sum for reduction="sum"."""
         with _noted(self):
             if self.recipe.batch_loss is not None:
-                with sdpa_kernel(SDPBackend.MATH):
-                    total, count = _total_and_count(self.recipe.batch_loss(self.recipe.model, self.batch))
+                total, count = self.total_and_count()
                 return _scalar(total, "batch_loss") / (1.0 if count is None else count)
-            assert self.recipe.criterion is not None  # one of the two is there by construction
-            return _scalar(self.recipe.criterion.call(output, self.target), f"criterion {self.recipe.criterion.name}")
+            criterion, target = self.recipe.criterion, self.target
+            assert criterion is not None  # one of the two is there by construction
+            criterion.check_shapes(output, target)
+            return _scalar(criterion.call(output, target), f"criterion {criterion.name}")
+
+    def total_and_count(self) -> tuple[Any, Any]:
+        """What `batch_loss` returns; no count for a bare scalar."""
+        assert self.recipe.batch_loss is not None
+        with _plain_kernels():
+            result = self.recipe.batch_loss(self.recipe.model, self.given())
+        if isinstance(result, tuple) and len(result) != 2:
+            raise TypeError(f"batch_loss must return (total, count), got {len(result)} values.")
+        total, count = result if isinstance(result, tuple) else (result, None)
+        self._counted = 1.0 if count is None else float(count.detach() if isinstance(count, Tensor) else count)
+        return total, count
+
+    def count_again(self) -> float:
+        """Units found by the evaluation that was just made, where they may depend on the weights."""
+        if self.recipe.batch_loss is not None:
+            return self.units if self._counted is None else self._counted
+        return self.count_units() if self.recipe.forward is not None and self._target is not None else self.units
 
     def count_units(self) -> float:
         """The batch's units, read from its targets; runs the model only where the targets come out of `forward=` or `batch_loss`."""
         recipe = self.recipe
         if recipe.batch_loss is not None:
-            with _noted(self), sdpa_kernel(SDPBackend.MATH):
-                _, count = _total_and_count(recipe.batch_loss(recipe.model, self.batch))
+            with _noted(self):
+                _, count = self.total_and_count()
             return 1.0 if count is None else float(count)
         if recipe.count is not None:
             return float(recipe.count(self.batch))
@@ -111,17 +135,21 @@ class Terms:
     total: float
 
     def __iter__(self) -> Iterator[Term]:
+        seen = 0.0
         for index, (first, batch) in enumerate(self.batches):
             term = Term(self.recipe, batch, first)
             term.units = self.units[index] if self.batches.repeats else term.count_units()
-            if term.units == 0:
-                continue  # nothing in it counts: its mean would be 0/0
-            term.weight = term.units / self.total if self.recipe.weighs else 1.0
-            yield term
+            seen += term.units
+            if term.units != 0:  # else nothing in it counts: its mean would be 0/0
+                term.weight = term.units / self.total if self.recipe.weighs else 1.0
+                yield term
+                _must_be_as_many(term.count_again(), term.units)
+        _must_be_as_many(seen, self.total)
 
 
 def weigh(recipe: Recipe, batches: Batches) -> Terms:
     """Count the units of every batch (inside `applied()`)."""
+    recipe = replace(recipe, writes=recipe.writes or _writes_inputs(recipe, batches))
     units = []
     for first, batch in batches:
         term = Term(recipe, batch, first)
@@ -140,17 +168,42 @@ def weigh(recipe: Recipe, batches: Batches) -> Terms:
 
 
 def _returns_bare_scalar(recipe: Recipe, batches: Batches) -> bool:
-    assert recipe.batch_loss is not None
-    _, batch = next(iter(batches))
-    return _total_and_count(recipe.batch_loss(recipe.model, batch))[1] is None
+    first, batch = next(iter(batches))
+    return Term(recipe, batch, first).total_and_count()[1] is None
 
 
-def _total_and_count(result: Any) -> tuple[Any, Any]:
-    if isinstance(result, tuple):
-        if len(result) != 2:
-            raise TypeError(f"batch_loss must return (total, count), got {len(result)} values.")
-        return result
-    return result, None
+def _writes_inputs(recipe: Recipe, batches: Batches) -> bool:
+    """Whether the model or the loss changes the batch that it is given; tried on a copy of the first one."""
+    first, batch = next(iter(batches))
+    term = Term(recipe, map_tensors(_copied, batch), first)
+    before = [tensor._version for tensor in tensors_in(term.batch)]
+    term.loss_of(term.output())
+    moved = [tensor._version for tensor in tensors_in(term.batch)] != before
+    return moved or bool((hash_examples(term.batch) != hash_examples(batch)).any())
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _must_be_as_many(found: float, expected: float) -> None:
+    if not math.isclose(found, expected, rel_tol=1e-6):
+        raise ValueError(
+            f"the number of units depends on the weights or changes by itself: {found:g}, where the construction found {expected:g}. A mean over "
+            "examples that the model selects (hard examples, confident ones) is not one fixed loss. Divide by a number that only the data decide."
+        )
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Fused attention has no second derivative, and the encoder's fast path (only without gradients) pads with zeros: another function."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _pair(batch: Batch) -> tuple[Any, Any]:
