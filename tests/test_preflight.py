@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from orograph import Objective, PreflightFailed, eigenpairs, fisher, ggn, hessian, trace
+from orograph.studies.problems import digits, mlp
+from orograph.studies.training import train_to_loss
 
 from .networks import small_mlp
 
@@ -109,3 +111,18 @@ def test_derived_operators_keep_the_noise():
     op = hessian(objective)
     assert preconditioned(op, torch.ones(op.size)).noise == block(op, objective, "0.*").noise == op.noise > 1e-4
     assert float(trace(op, rel_error=None, max_products=60).sem) > 0
+
+
+@pytest.mark.parametrize("scale", [3.0, 10.0, 30.0, 100.0])
+def test_saturated_networks_are_not_refused_and_their_noise_is_said(scale):
+    problem = digits()
+    model = mlp(64, 16, 10, seed=0)
+    train_to_loss(model, problem.train, batch_size=100, learning_rate=0.2, target=0.1)
+    with torch.no_grad():
+        model[2].weight.mul_(scale)
+        model[2].bias.mul_(scale)
+    single = Objective(model, CE, problem.train)
+    op, exact = hessian(single), hessian(Objective(model, CE, problem.train, dtype=torch.float64))
+    assert exact.about["preflight"].startswith(("proven", "unverified"))
+    pairs, truth = eigenpairs(op, max_products=80), eigenpairs(exact, max_products=80)
+    assert float(pairs.intervals[0, 0]) <= float(truth.values[0]) <= float(pairs.intervals[0, 1])
