@@ -162,6 +162,26 @@ def test_users_probe_is_one_function(objective, tmp_path):
         del _probes["weight_norm"]
 
 
+def test_products_that_a_probe_does_not_report_are_spent_and_not_reused(objective):
+    @og.probe(says=lambda results: "One product of the Hessian was spent on this number.")
+    def one_product(subject):
+        """Length of one product."""
+        op = subject.hessian()
+        return {"length": og.Estimate(value=float((op @ op.space.sample(0, 0, "normal")).norm()))}
+
+    try:
+        record = og.measure(objective, "one_product")
+        assert (record.products, record.reused) == (1, 0)
+    finally:
+        del _probes["one_product"]
+
+
+def test_held_out_data_of_another_architecture_are_refused(objective):
+    other = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    with pytest.raises(ValueError, match="another architecture"):
+        og.measure(objective, "gradient", held_out=og.Objective(other, nn.CrossEntropyLoss(), CASES["cross-entropy"].data))
+
+
 def test_labels_tell_two_networks_of_one_class_apart(objective):
     record = og.measure(objective, "barrier", small_mlp(seed=1), small_mlp(seed=2))
     assert record.label == "Sequential a – Sequential b"

@@ -1,7 +1,7 @@
 """What a loss function counts: the units over which it takes its mean, so that batches add up to the whole data set.
 
 torch's own losses (modules, functions, partials of functions) bring their units with them. For any other callable the unit is
-an example, `len(target)`, until the proof in `terms.py` says that this is wrong.
+an example, `len(target)`, until the proof in `proof.py` says that this is wrong.
 """
 
 from __future__ import annotations

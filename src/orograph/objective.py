@@ -40,8 +40,9 @@ class Objective:
     `metrics`: name -> function of (output, target) giving a mean over the batch, or (total, count) · `batch_size` for tensors and
     Datasets · `device`, `dtype`: where and in which precision to evaluate (default: as the model is).
 
-    Construction reads the data twice, evaluates one batch twice and a cut batch once to prove that the loss stands still and that
-    batches add up; a criterion that is not torch's own is proven on the output of every batch (one forward pass).
+    Construction reads the data twice and evaluates one batch about six times, to prove that the loss stands still, that batches add
+    up, and that it uses no weights but these; a criterion that is not torch's own is proven on the output of every batch (one
+    forward pass more).
     Raises NotDeterministic, ValueError and TypeError, each saying what to do.
     """
 

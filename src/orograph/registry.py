@@ -166,6 +166,7 @@ def _measure(subject: Subject, one: Probe, points: tuple[Any, ...], tags: dict[s
         raise TypeError(f"{one.name} has no setting {', '.join(sorted(unknown))}. It has: {', '.join(one.settings) or 'none'}.")
     before, began = subject.shared.products, time.perf_counter()
     results = one.function(subject, *networks, **settings)
+    spent = subject.shared.products - before
     statuses = [result.status for result in results.values() if isinstance(result, (Estimate, Eigenpairs, Density, Spectrum))]
     return Record(
         probe=one.name,
@@ -175,8 +176,8 @@ def _measure(subject: Subject, one: Probe, points: tuple[Any, ...], tags: dict[s
         settings=one.settings | settings,
         tags=tags,
         provenance=_provenance(subject),
-        products=subject.shared.products - before,
-        reused=sum(getattr(result, "products", 0) for result in results.values()) - (subject.shared.products - before) if results else 0,
+        products=spent,
+        reused=max(0, sum(getattr(result, "products", 0) for result in results.values()) - spent),  # a probe may spend more than it reports
         seconds=time.perf_counter() - began,
         status=worst_status(statuses),
         label=" – ".join(point.label for point in networks) or subject.objective.label,
@@ -187,6 +188,8 @@ def _networks(subject: Subject, one: Probe, points: tuple[Any, ...]) -> list[Poi
     """The points given to a probe, read; TypeError if they are too few or too many."""
     if subject.held_out is not None and subject.held_out.names != subject.objective.names:
         raise ValueError("held_out is an objective of other parameters. Make it with objective.on(other_data).")
+    if subject.held_out is not None and str(subject.held_out.recipe.model) != str(subject.objective.recipe.model):
+        raise ValueError("held_out is an objective of another architecture. Make it with objective.on(other_data).")
     wanted = one.points
     if not any(name.startswith("*") for name in wanted) and len(points) != len(wanted):
         if not wanted:

@@ -35,9 +35,10 @@ def spectral_density(
     and the squared first components of T's eigenvectors as weights; nodes and weights of `num_samples` vectors are kept, not only a
     smoothed curve. The first vector's isolated, converged Ritz values at both ends are verified by one product each and become
     atoms of weight 1/n; the other vectors run in their complement, where the range is that of the bulk. The kernel of `pdf` has
-    standard deviation `width` = range of the bulk / steps.
+    standard deviation `width` = range of the bulk / steps. The weights of every sample are tilted to the bulk's first two moments,
+    which `steps` further vectors measure with one product each: with few samples the mean would otherwise be the largest error.
 
-    Costs num_samples * steps products and one per atom. The Wasserstein-1 error is at most t times the range with high
+    Costs (num_samples + 1) * steps products and one per atom. The Wasserstein-1 error is at most t times the range with high
     probability for about 12/t steps (Chen, Trogdon and Ubaru 2021, arXiv:2105.06595), mostly far less. Ubaru, Chen and Saad 2017;
     Ghorbani, Krishnan and Xiao 2019, arXiv:1901.10159. Raises ValueError for bad arguments, OutOfBudget if `steps` vectors do
     not fit `op.memory`.
