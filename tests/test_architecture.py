@@ -11,7 +11,7 @@ ROOT = Path(orograph.__file__).parent
 ROWS = [  # a module imports from rows above it, or from the left of its own row
     ["errors", "results", "progress", "memory"],
     ["layout", "linalg.operator", "linalg.checkpoints", "linalg.lanczos", "linalg.power", "linalg.search", "linalg.eigen", "linalg.intervals", "linalg.trace_methods", "linalg.traces", "linalg.density", "linalg.spectra", "state"],
-    ["batches", "criteria", "terms", "evaluation", "proof", "points", "snapshots", "reading", "objective"],
+    ["nesting", "batches", "criteria", "terms", "evaluation", "proof", "points", "snapshots", "reading", "objective"],
     ["products.reverse", "products.gauss_newton", "products.likelihood", "preflight", "curvature", "paths"],
     ["encoding", "scalars", "records", "registry"],
     ["probes"],

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from orograph import NotDeterministic, Objective
-from orograph.batches import count_examples, hash_examples, take_rows
+from orograph.batches import hash_examples
+from orograph.nesting import count_examples, take_rows
 
 from .networks import small_mlp
 

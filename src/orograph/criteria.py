@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .batches import as_double
+from .nesting import as_double
 
 Loss = Callable[[Any, Any], Tensor]
 Family = Literal["cross_entropy", "nll", "elementwise", "other"]

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .batches import as_double, is_pair, take_rows
+from .batches import is_pair
 from .criteria import as_criterion
 from .errors import NotDeterministic
 from .evaluation import Metric, PerExample, all_metrics, per_example, total_gradient, total_loss
 from .layout import Layout
 from .linalg.operator import Space
+from .nesting import as_double, take_rows
 from .points import copied, differs_outside, read_point, snapshot_point
 from .reading import read_terms
 from .results import Point

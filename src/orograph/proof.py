@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import as_double, map_tensors, take_rows, tensors_in
 from .errors import NotDeterministic
 from .evaluation import no_gradient
+from .nesting import as_double, map_tensors, take_rows, tensors_in
 from .terms import Recipe, Term, Terms
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5}  # relative, on sums that differ only in the order of additions

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import as_double
 from .errors import OrographError
 from .layout import Layout, select_layout
+from .nesting import as_double
 from .points import snapshot_point
 from .results import Point
 from .state import Mode, Slots, differentiable, find_slots, mode_set, rng_kept, swapped

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .batches import Batch, Batches, count_examples, hash_examples, map_tensors, tensors_in
+from .batches import Batches, hash_examples
 from .criteria import Criterion
+from .nesting import Batch, count_examples, map_tensors, tensors_in
 
 Forward = Callable[[nn.Module, Batch], tuple[Any, Any]]  # (model, batch) -> (output, target)
 BatchLoss = Callable[[nn.Module, Batch], Any]  # (model, batch) -> (total, count)

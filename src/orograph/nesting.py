@@ -1,0 +1,65 @@
+"""A batch: any nesting of dicts, lists, tuples and dataclasses of tensors or arrays whose first axis counts examples."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Batch = Any
+
+
+def map_tensors(function: Callable[[Tensor], Any], batch: Batch) -> Batch:
+    """The same nesting with `function` applied to every tensor; arrays go through it and stay arrays, other leaves stay as they are."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, np.ndarray) and batch.dtype.kind in "biufc":
+        return function(torch.from_numpy(batch.copy())).cpu().numpy()
+    if isinstance(batch, Mapping):
+        mapped = {key: map_tensors(function, value) for key, value in batch.items()}
+        if type(batch) is dict:
+            return mapped
+        other: Any = copy.copy(batch)  # keeps attribute access, as in transformers' BatchEncoding
+        for key, value in mapped.items():
+            other[key] = value
+        return other
+    if isinstance(batch, (list, tuple)):
+        items = [map_tensors(function, item) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)  # a namedtuple takes them one by one
+    if is_dataclass(batch) and not isinstance(batch, type):
+        changed = copy.copy(batch)  # not replace(): __post_init__ has already been through these values
+        for part in fields(batch):
+            object.__setattr__(changed, part.name, map_tensors(function, getattr(batch, part.name)))
+        return changed
+    return batch
+
+
+def as_double(batch: Batch) -> Batch:
+    """The same nesting with floating-point tensors in float64."""
+    return map_tensors(lambda t: t.double() if t.is_floating_point() else t, batch)
+
+
+def tensors_in(batch: Batch) -> list[Tensor]:
+    """Every tensor of a batch (of every array a copy), depth first."""
+    found: list[Tensor] = []
+    map_tensors(lambda t: found.append(t) or t, batch)  # type: ignore[func-returns-value]
+    return found
+
+
+def count_examples(batch: Batch) -> int:
+    """The length that most tensors share; among equals one that is not 1, and then the last one's (the targets')."""
+    lengths = [len(tensor) for tensor in tensors_in(batch) if tensor.ndim > 0]
+    often = Counter(lengths)
+    return max(reversed(lengths), key=lambda n: (often[n], n != 1), default=1)
+
+
+def take_rows(batch: Batch, rows: Tensor) -> Batch:
+    """The examples `rows` of a batch; tensors that do not count examples stay whole."""
+    count = count_examples(batch)
+    return map_tensors(lambda t: t.index_select(0, rows.to(t.device)) if t.ndim > 0 and len(t) == count else t, batch)
