@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from orograph import Objective, eigenpairs, ggn, hessian
-from orograph.studies.problems import digits, mlp
+from orograph.studies.networks import mlp
+from orograph.studies.problems import digits
 
 ROUNDS = 15
 

@@ -29,7 +29,8 @@ from torch.nn import functional as F
 from evidence.intervals import trace_coverage
 from orograph import Objective, eigenpairs, ggn, hessian, spectral_density
 from orograph.linalg.lanczos import Krylov
-from orograph.studies.problems import digits, mlp
+from orograph.studies.networks import mlp
+from orograph.studies.problems import digits
 from orograph.studies.training import train_to_loss
 
 Row = tuple[str, str, str, bool]  # claim, measured, bar, passed

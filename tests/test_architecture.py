@@ -15,7 +15,7 @@ ROWS = [  # a module imports from rows above it, or from the left of its own row
     ["products.reverse", "products.gauss_newton", "products.likelihood", "preflight", "curvature", "paths"],
     ["encoding", "scalars", "records", "registry"],
     ["probes"],
-    ["studies.problems", "studies.training", "report.theme", "report.tables", "report.figures", "report.surfaces", "report.blocks", "report.sections", "report.page", "report"],
+    ["studies.problems", "studies.networks", "studies.training", "report.theme", "report.tables", "report.figures", "report.surfaces", "report.blocks", "report.sections", "report.page", "report"],
     ["demo"],
     ["cli"],
 ]  # fmt: skip

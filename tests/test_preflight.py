@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from orograph import Objective, PreflightFailed, eigenpairs, fisher, ggn, hessian, trace
-from orograph.studies.problems import digits, mlp
+from orograph.studies.networks import mlp
+from orograph.studies.problems import digits
 from orograph.studies.training import train_to_loss
 
 from .networks import small_mlp

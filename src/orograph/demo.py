@@ -16,7 +16,8 @@ from .records import Record, Records, save_records
 from .registry import measure, measure_all
 from .report import write_report
 from .results import Spectrum
-from .studies.problems import digits, mlp
+from .studies.networks import mlp
+from .studies.problems import digits
 from .studies.training import train_to_loss
 
 WIDTHS = (64, 32, 10)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,17 @@ def digits(*, held_out: int = 597, dtype: torch.dtype = torch.float32) -> Proble
     return Problem((x[fit], y[fit]), (x[test], y[test]))
 
 
-def mlp(*widths: int, seed: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
-    """A fully connected network, the same for the same seed; the global random state is left alone."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        layers: list[nn.Module] = []
-        for inputs, outputs in pairwise(widths):
-            layers += [nn.Linear(inputs, outputs), activation()]
-    return nn.Sequential(*layers[:-1])
+def topics(*, length: int, examples: int, held_out: int = 0) -> Problem:
+    """English text as bytes: windows of `length` out of CPython's own help topics, with the next byte as the label of each position.
+
+    Windows are spread evenly over the text without overlap, where there is room; the held-out ones lie between those for training.
+    """
+    from pydoc_data.topics import topics as pages
+
+    text = torch.frombuffer(bytearray("\n\n".join(pages[name] for name in sorted(pages)), "utf-8"), dtype=torch.uint8).long()
+    count = examples + held_out
+    starts = torch.linspace(0, len(text) - length - 1, count).long()
+    windows = torch.stack([text[start : start + length + 1] for start in starts])
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    fit, test = windows[order[held_out:]], windows[order[:held_out]]
+    return Problem((fit[:, :-1], fit[:, 1:]), (test[:, :-1], test[:, 1:]))
