@@ -10,9 +10,9 @@ import orograph
 ROOT = Path(orograph.__file__).parent
 ROWS = [  # a module imports from rows above it, or from the left of its own row
     ["errors", "results", "progress", "memory"],
-    ["layout", "linalg.operator", "linalg.checkpoints", "linalg.lanczos", "linalg.power", "linalg.search", "linalg.eigen", "linalg.intervals", "linalg.trace_methods", "linalg.traces", "linalg.density", "linalg.spectra", "state"],
-    ["nesting", "batches", "criteria", "terms", "evaluation", "proof", "points", "snapshots", "reading", "objective"],
-    ["products.reverse", "products.gauss_newton", "products.likelihood", "preflight", "curvature", "paths"],
+    ["kernels", "layout", "linalg.operator", "linalg.checkpoints", "linalg.lanczos", "linalg.power", "linalg.search", "linalg.eigen", "linalg.intervals", "linalg.trace_methods", "linalg.traces", "linalg.density", "linalg.spectra", "state"],
+    ["nesting", "batches", "criteria", "terms", "evaluation", "proof", "points", "snapshots", "reading", "objective", "variants"],
+    ["products.sweeps", "products.reverse", "products.gauss_newton", "products.likelihood", "products.blockwise", "products.difference", "products.choice", "preflight", "curvature", "paths"],
     ["encoding", "scalars", "records", "registry"],
     ["probes"],
     ["studies.problems", "studies.networks", "studies.training", "report.theme", "report.tables", "report.figures", "report.surfaces", "report.blocks", "report.sections", "report.page", "report"],

@@ -230,7 +230,7 @@ class Custom(nn.Module):
 def test_preflight_refuses_a_wrong_derivative_and_names_the_function(function, text):
     objective = Objective(Custom(function), nn.CrossEntropyLoss(), (X, Y))
     with pytest.raises(PreflightFailed, match=f"{text}.*{function.__name__}"):
-        hessian(objective)
+        hessian(objective, engine="fresh")
     assert hessian(objective, check=False).about["preflight"] == "skipped"
 
 
@@ -256,13 +256,13 @@ def test_once_differentiable_function_is_refused_although_autograd_is_silent():
     once = staticmethod(torch.autograd.function.once_differentiable(Detached.backward))
     objective = Objective(Custom(type("Once", (Detached,), {"backward": once})), nn.CrossEntropyLoss(), (X, Y))
     with pytest.raises(PreflightFailed, match=r"the product disagrees.*Once"):
-        hessian(objective)
+        hessian(objective, engine="fresh")
 
 
 def test_double_backward_that_torch_lacks_is_said_with_a_way_out():
     bag = nn.Sequential(nn.EmbeddingBag(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     with pytest.raises(NotDifferentiable, match=r"cannot differentiate this model twice.*EmbeddingBag by Embedding"):
-        hessian(Objective(bag, nn.CrossEntropyLoss(), (Y[:, None].clone(), Y)))
+        hessian(Objective(bag, nn.CrossEntropyLoss(), (Y[:, None].clone(), Y)), engine="retained")
 
 
 def test_gauss_newton_of_a_loss_that_is_linear_in_the_outputs_warns():

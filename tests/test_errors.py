@@ -120,9 +120,13 @@ BAD = {
     "matrix that is not symmetric": (lambda m, f: og.LinearOperator.from_dense(torch.triu(torch.ones(3, 3))), ValueError, "symmetric"),
     "matrix that is not square": (lambda m, f: og.LinearOperator.from_dense(torch.ones(3, 2)), ValueError, "square"),
     "memory that is no size": (lambda m, f: og.hessian(objective(m), memory="lots"), ValueError, "is no size"),
-    "basis beyond the budget": (lambda m, f: og.eigenpairs(og.hessian(objective(m), memory=1000), k=3), og.OutOfBudget, "Ask for fewer pairs"),
-    "dense beyond the budget": (lambda m, f: og.hessian(objective(m), memory=1000).dense(), og.OutOfBudget, "Use eigenpairs"),
-    "unknown engine": (lambda m, f: og.hessian(objective(m), engine="magic"), ValueError, "choose one of auto, fresh, retained"),
+    "basis beyond the budget": (lambda m, f: og.eigenpairs(og.LinearOperator(lambda V: V, 99, memory=1000), k=3), og.OutOfBudget, "Ask for fewer pairs"),
+    "dense beyond the budget": (lambda m, f: og.LinearOperator(lambda V: V, 99, memory=1000).dense(), og.OutOfBudget, "Use eigenpairs"),
+    "product beyond the budget": (lambda m, f: og.hessian(objective(m), memory=1000), og.OutOfBudget, "are left for it"),
+    "engine beyond the budget": (lambda m, f: og.hessian(objective(m), memory=1000, engine="retained"), og.OutOfBudget, "which chooses what fits"),
+    "blockwise without blocks": (lambda m, f: og.hessian(og.Objective(m[0], CE, (X, Y)), engine="blockwise"), ValueError, "needs a model with a Sequential"),
+    "blockwise GGN": (lambda m, f: og.ggn(objective(m), engine="blockwise"), ValueError, "choose one of auto, retained, fresh, difference"),
+    "unknown engine": (lambda m, f: og.hessian(objective(m), engine="magic"), ValueError, "choose one of auto, retained, fresh, blockwise, difference"),
     "operator of a model": (lambda m, f: og.hessian(m), TypeError, "needs an Objective, got Sequential"),
     "unknown kind of Fisher": (lambda m, f: og.fisher(objective(m), kind="true"), ValueError, "choose \"mc\""),
     "Fisher of a lambda": (lambda m, f: og.fisher(og.Objective(m, lambda o, t: CE(o, t), (X, Y))).dense(), TypeError, "one of torch's own losses"),
@@ -137,9 +141,7 @@ BAD = {
     "unknown setting": (lambda m, f: og.measure(objective(m), "spectrum", kk=3), TypeError, "no setting kk. It has: k, rel_error"),
     "line of a point and a number": (lambda m, f: og.Line(objective(m).point(), 3)(0.5), TypeError, "two Points or two flat tensors"),
     "interval of level 95": (lambda m, f: og.Estimate(value=1.0).interval(95), ValueError, "between 0 and 1"),
-    "embedding bag": (
-        lambda m, f: og.hessian(og.Objective(BAG, CE, (Y[:, None].clone(), Y))).dense(), og.NotDifferentiable, "cannot differentiate this model twice",
-    ),
+    "embedding bag": (lambda m, f: og.hessian(og.Objective(BAG, CE, (Y[:, None].clone(), Y)), engine="fresh"), og.NotDifferentiable, "cannot differentiate this model twice"),
 }  # fmt: skip
 
 

@@ -140,7 +140,7 @@ def test_measure_all_shares_the_operator_and_counts(objective):
     records = og.measure_all(objective, ["gradient", "spectrum", "barrier"], *networks_for("barrier", objective), settings={"spectrum": {"k": 3}}, tags={"step": 5})
     assert [record.probe for record in records] == ["gradient", "spectrum", "barrier"] and all(record.tags == {"step": 5} for record in records)
     assert records[0].products == 0 and records[1].products == records[1]["spectrum"].products > 0 and records[1].settings["k"] == 3
-    assert records[1].provenance["operators"]["hessian"]["engine"] == "fresh"
+    assert records[1].provenance["operators"]["hessian"]["engine"] == "retained"
     with pytest.raises(ValueError, match="names barrier, which is not among"):
         og.measure_all(objective, ["gradient"], settings={"barrier": {}})
 

@@ -32,6 +32,7 @@ class Reading:
 
     hashes: Hashes
     sizes: tuple[int, ...]
+    elements: tuple[int, ...] = ()  # numbers in every batch, all its tensors together
 
     @property
     def fingerprint(self) -> str:
@@ -56,9 +57,18 @@ class Batches:
     ordered: bool  # the order of examples is the data's own: the same in every pass over the source
     exact: bool = True  # examples hash alike in every pass (padding that depends on the batch makes them differ)
     generators: Sequence[torch.Generator] = ()
+    view: Callable[[Batch], Iterable[tuple[int, Batch]]] | None = None  # batch -> (offset, batch) of what it is cut or turned into
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         """(index of the batch's first example, batch)."""
+        if self.view is None:
+            yield from self._whole()
+            return
+        for start, batch in self._whole():
+            for offset, part in self.view(batch):
+                yield start + offset, part
+
+    def _whole(self) -> Iterator[tuple[int, Batch]]:
         if self.kept is not None:
             yield from zip(np.cumsum((0, *self.reading.sizes[:-1])).tolist(), self.kept, strict=True)
             return
@@ -104,18 +114,20 @@ def read_batches(data: Any, *, batch_size: int | None, prepare: Callable[[Tensor
     kept: list[Batch] | None = []
     used = 0
     hashes: list[Any] = []
+    elements: list[int] = []
     with _apart(generators, []):
         for batch in source:
             if not tensors_in(batch):
                 raise TypeError(f"a batch is a {type(batch).__name__} in which no tensor or array is found. Make it a dict, tuple, list or dataclass of tensors or arrays.")
             hashes.append(hash_examples(batch))
+            elements.append(sum(t.numel() for t in tensors_in(batch)))
             used += 0 if still else sum(t.numel() * t.element_size() for t in tensors_in(batch))
             kept = kept if used <= CACHE_BYTES else None
             if kept is not None:
                 kept.append(map_tensors(prepare, batch))
         if not hashes or not sum(map(len, hashes)):
             raise ValueError("data is empty: it yields no example. Pass (inputs, targets), a Dataset, or an iterable of batches.")
-        first = Reading(np.concatenate(hashes), tuple(len(h) for h in hashes))
+        first = Reading(np.concatenate(hashes), tuple(len(h) for h in hashes), tuple(elements))
         again = hashes if still else [hash_examples(batch) for batch in source]
         second = Reading(np.concatenate([np.empty(0, np.uint64), *again]), tuple(len(h) for h in again))
     _refuse_dropping(source, whole)
@@ -127,6 +139,12 @@ def read_batches(data: Any, *, batch_size: int | None, prepare: Callable[[Tensor
         raise NotDeterministic(f"{why}. Use shuffle=False, or a list of batches.")
     ordered = exact and bool((first.hashes == second.hashes).all())
     return Batches(source, prepare, kept, first, ordered, exact, generators)
+
+
+def one_batch(batch: Batch) -> Batches:
+    """A prepared batch by itself."""
+    reading = Reading(hash_examples(batch), (count_examples(batch),), (sum(t.numel() for t in tensors_in(batch)),))
+    return Batches([batch], lambda tensor: tensor, [batch], reading, ordered=True)
 
 
 def is_pair(data: Any) -> bool:

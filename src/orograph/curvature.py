@@ -4,45 +4,59 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from .errors import OrographWarning
 from .layout import select_names
-from .linalg.operator import NOISE, LinearOperator, Matmat, Space
+from .linalg.operator import NOISE, LinearOperator, Space
+from .memory import memory_budget
 from .objective import Objective
-from .preflight import Verdict, preflight
-from .products.gauss_newton import OutputCurvature, jacobian_sandwich, loss_hessian
+from .preflight import ProductWrong, Verdict, preflight
+from .products.choice import Engine, Kind, choose_plan, matmat_of
+from .products.difference import Difference, hessian_difference, sandwich_difference
+from .products.gauss_newton import OutputCurvature, loss_hessian, sandwich_of
 from .products.likelihood import empirical_fisher, sampled_fisher
-from .products.reverse import hessian_matmat
+from .products.reverse import hessian_of
+from .products.sweeps import Sweep
 
-Engine = Literal["auto", "fresh", "retained"]
+JACOBIAN_ENGINES = ("auto", "retained", "fresh", "difference")
+HESSIAN = Kind(hessian_of, hessian_difference, blocks=True)
+
+
+def _sandwich(curvature: OutputCurvature) -> Kind:
+    """J'CJ with the given C."""
+    return Kind(sandwich_of(curvature), lambda objective: sandwich_difference(objective, curvature), blocks=False)
 
 
 def hessian(objective: Objective, *, engine: Engine = "auto", check: bool = True, memory: int | str | None = None) -> LinearOperator:
     r"""The Hessian of the loss at the objective's point: $H = \nabla^2 L(\theta)$, (n, n), symmetric, possibly indefinite.
 
-    `engine`: "fresh" rebuilds each micro-batch's first-backward graph at every product (about 1 + 2k gradients for k columns),
-    "retained" keeps all graphs (about 2k); "auto" is "fresh" · `check`: prove product and gradient against finite differences, in
-    float64 on 16 examples; a proven error raises PreflightFailed, and what cannot be proven is said in `op.about["preflight"]` ·
-    `memory`: bytes, or a text such as "4GiB", for bases of vectors. Raises NotDifferentiable where an operation has no second
-    derivative. Pearlmutter 1994.
+    `engine`: "retained" keeps the first-backward graphs of all micro-batches (2 gradients per product, 1 to build them), "fresh" builds
+    them anew at every product (1 + 2k for k columns), "blockwise" holds one block of a chain at a time (about 5), "difference" takes
+    finite differences of gradients (2, in float64 where possible; on piecewise-linear networks that is the smoothed Hessian). "auto"
+    measures two examples and takes the first that fits; it goes to "difference", with a warning, where autograd has no second
+    derivative or a wrong one · `check`: prove product and gradient against finite differences, in float64 on a few examples (about a
+    gradient in all); a proven error raises PreflightFailed, and what cannot be proven is said in `op.about["preflight"]` · `memory`:
+    bytes, or a text such as "4GiB", for graphs and bases of vectors together; default half of what is free; recorded in `op.about`,
+    never passed. Raises NotDifferentiable, OutOfBudget. Pearlmutter 1994.
     """
-    _check(objective, engine, ("auto", "fresh", "retained"))
-    engine = "fresh" if engine == "auto" else engine
-    return _operator(objective, lambda o: hessian_matmat(o, retain=engine == "retained"), None, check, memory, {"curvature": "hessian", "engine": engine})
+    _check(objective, engine, get_args(Engine))
+    return _operator(objective, HESSIAN, None, engine, check, memory, {"curvature": "hessian"})
 
 
 def ggn(objective: Objective, *, engine: Engine = "auto", check: bool = True, memory: int | str | None = None) -> LinearOperator:
     r"""The generalised Gauss-Newton matrix $G = \sum_b w_b J_b^\top (\nabla^2_{out} L_b) J_b$: the Hessian without the network's own curvature.
 
     Positive semi-definite for convex losses. What the loss adds that does not go through the outputs (a penalty on the weights) is
-    not in it. Arguments as for `hessian`; `check` proves the Jacobian against
-    differences of the outputs. Schraudolph 2002; Martens 2020, arXiv:1412.1193.
+    not in it. Arguments as for `hessian` (no "blockwise"; retained, a
+    product costs 4/3 gradients); `check` proves the Jacobian against differences of the outputs. Schraudolph 2002; Martens 2020, arXiv:1412.1193.
     """
-    _check(objective, engine, ("auto", "fresh"))
+    _check(objective, engine, JACOBIAN_ENGINES)
     _needs_output(objective, "ggn")
     criterion = objective.recipe.criterion
     if criterion is not None and criterion.family == "nll":
@@ -52,7 +66,7 @@ def ggn(objective: Objective, *, engine: Engine = "auto", check: bool = True, me
             OrographWarning,
             stacklevel=2,
         )
-    return _operator(objective, lambda o: jacobian_sandwich(o, loss_hessian), loss_hessian, check, memory, {"curvature": "ggn", "engine": "fresh"})
+    return _operator(objective, _sandwich(loss_hessian), loss_hessian, engine, check, memory, {"curvature": "ggn"})
 
 
 def fisher(
@@ -70,14 +84,14 @@ def fisher(
     index of the example), not on the batching. kind="empirical": the data's own labels (another matrix: Kunstner et al. 2019,
     arXiv:1905.12558); a unit is a position for class targets, an example for elementwise losses. Arguments as for `hessian`.
     """
-    _check(objective, engine, ("auto", "fresh"))
+    _check(objective, engine, JACOBIAN_ENGINES)
     _needs_output(objective, "fisher")
     if kind not in ("mc", "empirical"):
         raise ValueError(f'fisher(kind={kind!r}): choose "mc" (labels drawn from the model) or "empirical" (the data\'s own labels).')
     if kind == "mc" and not objective.terms().batches.ordered:
         raise ValueError('fisher(kind="mc") keys labels by the index of the example, and this data comes in another order in each pass. Use shuffle=False.')
     curvature = sampled_fisher(seed) if kind == "mc" else empirical_fisher
-    return _operator(objective, lambda o: jacobian_sandwich(o, curvature), curvature, check, memory, {"curvature": f"fisher-{kind}", "engine": "fresh", "seed": seed})
+    return _operator(objective, _sandwich(curvature), curvature, engine, check, memory, {"curvature": f"fisher-{kind}", "seed": seed})
 
 
 def preconditioned(op: LinearOperator, scale: Tensor) -> LinearOperator:
@@ -111,19 +125,30 @@ def _derived(op: LinearOperator, matmat: Callable[[Tensor], Tensor], space: Spac
     return LinearOperator(matmat, space.size, op.dtype, op.device, space, memory=op.memory, noise=op.noise, about=about)
 
 
-def _operator(
-    objective: Objective,
-    matmat_of: Callable[[Objective], Matmat],
-    curvature: OutputCurvature | None,
-    check: bool,
-    memory: int | str | None,
-    about: dict[str, Any],
-) -> LinearOperator:
-    verdict = preflight(objective, matmat_of, curvature) if check else Verdict("skipped")
-    about = about | {"mode": objective.mode, "fingerprints": objective.fingerprints(), "preflight": verdict.words, "noise": verdict.noise}
-    space = objective.space
-    noise = 10 * verdict.noise if verdict.noise > NOISE.get(space.dtype, 0.0) else 0.0  # one direction's gap; others may be worse
-    return LinearOperator(matmat_of(objective), space.size, space.dtype, space.device, space, memory=memory, noise=noise, about=about)
+def _operator(objective: Objective, kind: Kind, curvature: OutputCurvature | None, engine: Engine, check: bool, memory: int | str | None, about: dict[str, Any]) -> LinearOperator:
+    """Choose the engine, prove it, and hand out its products."""
+    space, budget = objective.space, memory_budget(memory, objective.device)
+    plan = choose_plan(objective, kind, engine, budget)
+    verdict = Verdict("skipped")
+    if check:
+        try:
+            verdict = preflight(objective, partial(matmat_of, replace(plan, keep=0, examples=None), kind), curvature)
+        except ProductWrong as error:
+            if engine != "auto" or plan.build is None:
+                raise
+            note = f"by finite differences, since autograd's second derivative is wrong: {str(error).split(' Pass check=False')[0]}"
+            plan = replace(choose_plan(objective, kind, "difference", budget), note=note)
+            verdict = preflight(objective, partial(matmat_of, plan, kind), curvature)
+    matmat = matmat_of(plan, kind, objective)
+    if plan.note:
+        warnings.warn(f"products are computed {plan.note}", OrographWarning, stacklevel=4)
+    measured = max(verdict.noise, matmat.noise if isinstance(matmat, Difference) else 0.0)
+    about = about | plan.about | {
+        "mode": objective.mode, "fingerprints": objective.fingerprints(), "preflight": verdict.words, "noise": measured, "memory": budget,
+    }  # fmt: skip
+    noise = 10 * measured if measured > NOISE.get(space.dtype, 0.0) else 0.0  # one direction's gap; others may be worse
+    apart = matmat.apart if isinstance(matmat, Sweep) else None
+    return LinearOperator(matmat, space.size, space.dtype, space.device, space, memory=max(budget - plan.bytes, 1), noise=noise, about=about, apart=apart)
 
 
 def _check(objective: Objective, engine: str, engines: tuple[str, ...]) -> None:

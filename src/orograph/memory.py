@@ -1,11 +1,16 @@
-"""Memory budgets: what is free, and what a user's "4GiB" means."""
+"""Memory: what is free, what a user's "4GiB" means, and what a computation holds at its worst."""
 
 from __future__ import annotations
 
 import re
+import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -35,3 +40,28 @@ def memory_budget(memory: int | str | None, device: torch.device) -> int:
     if not found or isinstance(memory, bool) or (size := int(float(found[1]) * UNITS[found[2] or ""])) <= 0:
         raise ValueError(f'memory={memory!r} is no size. Give bytes (4_000_000_000) or a text such as "4GiB" or "500MB".')
     return size
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of the tensors made inside, as long as they live: `live` now, `peak` at the worst. Works on any device, backward passes included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and note what it has made."""
+        given = {id(tensor.untyped_storage()) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in given and storage not in self._seen:
+                size = storage.nbytes()
+                self._seen.add(storage)
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._gone, size)
+        return result
+
+    def _gone(self, size: int) -> None:
+        self.live -= size

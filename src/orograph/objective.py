@@ -15,9 +15,10 @@ from .batches import is_pair
 from .criteria import as_criterion
 from .errors import NotDeterministic
 from .evaluation import Metric, PerExample, all_metrics, per_example, total_gradient, total_loss
+from .kernels import unwrapped
 from .layout import Layout
 from .linalg.operator import Space
-from .nesting import as_double, take_rows
+from .nesting import take_rows
 from .points import copied, differs_outside, read_point, snapshot_point
 from .reading import read_terms
 from .results import Point
@@ -68,6 +69,7 @@ class Objective:
         dtype: torch.dtype | None = None,
     ) -> None:
         _check_model(model, mode, dtype)
+        model = unwrapped(model)
         place = torch.device(device) if device is not None else None
         recipe = Recipe(model, as_criterion(criterion, model, place, dtype), None, forward, count)
         self._fill(take_snapshot(model, params, mode, place, dtype), recipe, data, metrics or {}, batch_size)
@@ -91,6 +93,7 @@ class Objective:
         _check_model(model, mode, None)
         if not callable(batch_loss):
             raise TypeError(f"batch_loss is a {type(batch_loss).__name__}. Pass batch_loss(model, batch) -> (total, count).")
+        model = unwrapped(model)
         recipe = Recipe(model, None, batch_loss, None, None)
         return cls.__new__(cls)._fill(take_snapshot(model, params, mode, None, None), recipe, data, metrics or {}, None)
 
@@ -151,6 +154,16 @@ class Objective:
     def mode(self) -> Mode:
         """Whose statistics BatchNorm uses: "eval" or "batch"."""
         return self._snapshot.mode
+
+    @property
+    def divisible(self) -> bool:
+        """Batches may be cut: no statistics of a batch, and no loss that hides its examples, makes them part of the definition."""
+        return self.mode != "batch" and self.recipe.batch_loss is None
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The setting and the model that it is put into."""
+        return self._snapshot
 
     @property
     def recipe(self) -> Recipe:
@@ -229,14 +242,15 @@ class Objective:
             raise ValueError(f"the two networks differ in {name!r}, which is outside params={list(self.names)}. Widen params, or compare networks that share it.")
         return point
 
-    def _with(self, snapshot: Snapshot, terms: Terms) -> Objective:
+    def like(self, snapshot: Snapshot, terms: Terms) -> Objective:
+        """The same measurement with another snapshot or other terms, which are taken as proven."""
         other = Objective.__new__(Objective)
         other._snapshot, other._terms, other._metrics, other._batch_size = snapshot, terms, self._metrics, self._batch_size
         return other
 
     def at(self, source: Source) -> Objective:
         """The same loss on the same data at another point (whatever `point` takes)."""
-        return self._with(replace(self._snapshot, point=self.point(source)), self._terms)
+        return self.like(replace(self._snapshot, point=self.point(source)), self._terms)
 
     def now(self) -> Objective:
         """The same loss at the model's present weights."""
@@ -247,14 +261,14 @@ class Objective:
         """The same loss at the same point on other data, read and proven anew."""
         batch_size = self._batch_size if is_pair(data) or isinstance(data, Dataset) else None
         terms, volatile = read_terms(self._snapshot, self.recipe, data, batch_size)
-        return self._with(replace(self._snapshot, volatile=volatile), terms)
+        return self.like(replace(self._snapshot, volatile=volatile), terms)
 
     def sample(self, n: int, seed: int) -> Objective:
         """The same loss on `n` examples drawn without replacement."""
         batches = self._terms.batches
         if not 1 <= n <= self.examples:
             raise ValueError(f"sample(n={n}) needs 1 <= n <= {self.examples}, the number of examples.")
-        if self.mode == "batch" or self.recipe.batch_loss is not None:
+        if not self.divisible:
             raise ValueError('sample() would cut batches that are part of the loss (mode="batch", from_batch_loss). Choose batches yourself: objective.on(batches).')
         if not batches.ordered:
             raise NotDeterministic("sample() needs the examples in one fixed order. Use shuffle=False.")
@@ -265,20 +279,6 @@ class Objective:
             if len(rows):
                 parts.append(take_rows(batch, rows))
         return self.on(parts)
-
-    def on_few(self, examples: int, *, double: bool) -> Objective:
-        """A copy over the first batch's first examples (all of it, where batches must not be cut), in float64 if `double`; for proofs."""
-        with self.applied():
-            term = next(iter(self._terms))
-            whole = self.mode == "batch" or self.recipe.batch_loss is not None
-            few = term if whole else replace(term, batch=take_rows(term.batch, torch.arange(min(examples, term.examples))))
-            batch = few.batch if few.count_units() > 0 else term.batch
-        snapshot, recipe = self._snapshot, self.recipe
-        if double:
-            snapshot, batch = snapshot.in_double(), as_double(batch)
-            recipe = replace(recipe, criterion=recipe.criterion and recipe.criterion.in_double(recipe.model))
-        terms, volatile = read_terms(snapshot, recipe, [batch], None)
-        return self._with(replace(snapshot, volatile=volatile), terms)
 
     def state_dict(self, point: Source = None) -> dict[str, Any]:
         """A point as a checkpoint of the model: what `model.state_dict()` would hold there, in the model's own precision."""

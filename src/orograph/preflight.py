@@ -18,7 +18,9 @@ from torch import Tensor
 from .errors import NotDeterministic, NotDifferentiable, OrographError, PreflightFailed
 from .linalg.operator import Matmat
 from .objective import Objective
-from .products.gauss_newton import OutputCurvature, jacobian_sandwich
+from .products.gauss_newton import OutputCurvature, sandwich_of
+from .products.sweeps import Sweep
+from .variants import on_few
 
 STEPS = (1e-6, 1e-7, 1e-8)  # relative to |theta|
 AGREE = 1e-4  # relative difference up to which a finite difference and a product agree
@@ -39,14 +41,19 @@ class _Kink(Exception):
     """The point lies on a kink of the loss: differences do not settle."""
 
 
+class ProductWrong(PreflightFailed):
+    """The gradient is right, and the product is not what its differences say."""
+
+
 def preflight(objective: Objective, matmat_of: Callable[[Objective], Matmat], curvature: OutputCurvature | None) -> Verdict:
     """Prove the products that `matmat_of(objective)` makes: Hessian products, or J'CJ products with `curvature` C in output space.
 
     "proven", or "unverified: why". Raises PreflightFailed where differences at several steps agree with each other and not with
-    the product. Costs two products and seven gradients (or a few forwards) of at most 16 examples.
+    the gradient, ProductWrong where they do not with the product. Two products and four gradients of a few examples, where all is well.
     """
+    count = few_enough(objective)
     try:
-        small = objective.on_few(EXAMPLES, double=True)
+        small = on_few(objective, count, double=True)
         direction = _direction(small)
         words = "proven"
         try:
@@ -54,12 +61,18 @@ def preflight(objective: Objective, matmat_of: Callable[[Objective], Matmat], cu
         except _Kink:
             small = small.at(small.theta + BESIDE * small.theta.norm() * _direction(small, 1))
             exact, words = None, _prove_beside(small, direction, matmat_of, curvature)
-        noise = _noise(objective, direction, matmat_of, exact) if exact is not None else 0.0
+        noise = _noise(on_few(objective, count, double=False), direction, matmat_of, exact) if exact is not None else 0.0
     except (NotDeterministic, NotDifferentiable, PreflightFailed):
         raise
     except (RuntimeError, TypeError, ValueError, OrographError) as error:  # a model or loss that cannot run in float64 or on fewer examples
         return Verdict(f"unverified: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
     return Verdict(words, noise)
+
+
+def few_enough(objective: Objective) -> int:
+    """Examples that a proof takes: at most 16, and for large models so few that all of it costs about one gradient of the whole set."""
+    small_model = objective.size * EXAMPLES <= 2**20
+    return EXAMPLES if small_model else min(max(objective.examples // 20, 1), EXAMPLES)
 
 
 def _prove_beside(small: Objective, direction: Tensor, matmat_of: Callable[[Objective], Matmat], curvature: OutputCurvature | None) -> str:
@@ -72,15 +85,14 @@ def _prove_beside(small: Objective, direction: Tensor, matmat_of: Callable[[Obje
 
 def _prove(small: Objective, direction: Tensor, matmat_of: Callable[[Objective], Matmat], curvature: OutputCurvature | None) -> Tensor:
     """The product of `direction`, proven against differences."""
-    loss_grain, gradient_grain = _grains(small)
-    _check_gradient(small, direction, loss_grain)
+    _check_gradient(small, direction)
     exact = matmat_of(small)(direction[:, None])[:, 0]
     if curvature is None:
-        slopes = [_directional(lambda o: o.gradient(), small, direction, step) for step in STEPS]
-        _compare(exact, slopes, [gradient_grain / _reach(small.theta, step) for step in STEPS], small, "finite differences of the gradient")
+        slopes = lambda step: _directional(lambda o: o.gradient(), small, direction, step)  # noqa: E731
+        _compare(exact, slopes, lambda: _grains(small)[1], small, "finite differences of the gradient")
     else:
-        forms = [_quadratic_form(small, direction, step, curvature) for step in STEPS]
-        _compare((direction @ exact).reshape(1), forms, [0.0] * len(STEPS), small, "finite differences of the outputs")
+        forms = lambda step: _quadratic_form(small, direction, step, curvature)  # noqa: E731
+        _compare((direction @ exact).reshape(1), forms, lambda: 0.0, small, "finite differences of the outputs")
     return exact
 
 
@@ -99,18 +111,25 @@ def _grains(objective: Objective) -> tuple[float, float]:
     return epsilon * loss, epsilon * gradient
 
 
-def _compare(exact: Tensor, differences: list[Tensor], floors: list[float], small: Objective, what: str) -> None:
+def _compare(exact: Tensor, difference: Callable[[float], Tensor], grain: Callable[[], float], small: Objective, what: str) -> None:
     """Agreement at any step proves; steps that agree with each other and not with the product refute; else there is a kink or noise.
 
-    `floors`: what rounding leaves of each difference.
+    `grain`: what rounding leaves of a difference before it is divided by the step.
     """
-    scale = max(float(exact.norm()), *(float(difference.norm()) for difference in differences))
-    gaps = [float((difference - exact).norm()) / scale if scale > 0 else 0.0 for difference in differences]
-    if any(gap <= AGREE + floor / scale for gap, floor in zip(gaps, floors, strict=True)) if scale > 0 else True:
+    found: list[Tensor] = []
+    for step in STEPS:  # from the largest, where all is mostly well
+        found.append(difference(step))
+        scale = max(float(exact.norm()), float(found[-1].norm()))
+        if float((found[-1] - exact).norm()) <= AGREE * scale:
+            return
+    scale = max(float(exact.norm()), *(float(slope.norm()) for slope in found))
+    gaps = [float((slope - exact).norm()) / scale for slope in found]
+    rounding = grain() / scale
+    if any(gap <= AGREE + rounding / _reach(small.theta, step) for gap, step in zip(gaps, STEPS, strict=True)):
         return
-    if float((differences[0] - differences[1]).norm()) / scale > 0.1 * min(gaps):
+    if float((found[0] - found[1]).norm()) / scale > 0.1 * min(gaps):
         raise _Kink
-    raise PreflightFailed(
+    raise ProductWrong(
         f"the product disagrees with {what} by {min(gaps):.1%}, at steps that agree with each other. "
         f"{_suspects(small)} Pass check=False only to study the operator as it is."
     )
@@ -133,19 +152,25 @@ def _reach(theta: Tensor, step: float) -> float:
     return step * max(float(theta.norm()), 1e-3)
 
 
-def _check_gradient(objective: Objective, direction: Tensor, grain: float) -> None:
+def _check_gradient(objective: Objective, direction: Tensor) -> None:
     """The gradient against differences of the loss: wrong first gradients would pass a comparison of second ones with themselves."""
-    slope = float(objective.gradient() @ direction)
-    here, theta = objective.value(), objective.theta
-    sides = []
-    steps = (1e-4, 1e-5, 1e-6)
-    for reach in (_reach(theta, step) for step in steps):
-        sides.append([(objective.at(theta + sign * reach * direction).value() - here) / (sign * reach) for sign in (1, -1)])
-    central = [(ahead + behind) / 2 for ahead, behind in sides]
-    gap = min(abs(difference - slope) for difference in central)
-    if gap <= AGREE * abs(slope) + grain / _reach(theta, steps[0]) or not math.isfinite(slope):  # the floor is what float64 losses can tell
+    slope, theta = float(objective.gradient() @ direction), objective.theta
+    if not math.isfinite(slope):
         return
-    if abs(sides[2][0] - sides[2][1]) > 0.5 * gap or abs(central[1] - central[2]) > 0.1 * gap:
+    steps = [_reach(theta, step) for step in (1e-4, 1e-5, 1e-6)]
+    values: list[tuple[float, float]] = []  # (ahead, behind)
+    for reach in steps:
+        ahead, behind = (objective.at(theta + sign * reach * direction).value() for sign in (1, -1))
+        values.append((ahead, behind))
+        if abs((ahead - behind) / (2 * reach) - slope) <= AGREE * abs(slope):
+            return
+    central = [(ahead - behind) / (2 * reach) for (ahead, behind), reach in zip(values, steps, strict=True)]
+    gap = min(abs(difference - slope) for difference in central)
+    if gap <= AGREE * abs(slope) + _grains(objective)[0] / steps[0]:  # the floor is what float64 losses can tell
+        return
+    here = objective.value()
+    uneven = abs((values[2][0] - here) - (here - values[2][1])) / steps[2]
+    if uneven > 0.5 * gap or abs(central[1] - central[2]) > 0.1 * gap:
         raise _Kink  # the two sides differ at the smallest step: autograd has chosen one of them
     raise PreflightFailed(
         f"the gradient disagrees with finite differences of the loss: {slope:.6g} along a random direction, where the loss says {central[1]:.6g}. {_suspects(objective)}"
@@ -167,14 +192,14 @@ def _quadratic_form(objective: Objective, direction: Tensor, step: float, curvat
         return (pushed * curvature(term, there)(pushed)).sum().reshape(1) * term.weight
 
 
-def _noise(objective: Objective, direction: Tensor, matmat_of: Callable[[Objective], Matmat], exact: Tensor) -> float:
+def _noise(real: Objective, direction: Tensor, matmat_of: Callable[[Objective], Matmat], exact: Tensor) -> float:
     """Error of the product in the operator's own precision on the same examples, relative to its norm."""
-    real = objective.on_few(EXAMPLES, double=False)
     product = matmat_of(real)(direction.to(real.dtype)[:, None])[:, 0].double()
     gap = float((product - exact).norm() / exact.norm().clamp(min=1e-300))
     coarse = min((leaf.dtype for leaf in real.leaves), key=lambda dtype: -torch.finfo(dtype).eps)
-    if gap * float(exact.norm()) > WRONG.get(coarse, math.inf) * float(exact.norm()) + _rounding(real, direction, coarse):
-        raise PreflightFailed(
+    allowed = WRONG.get(coarse, math.inf)
+    if gap > allowed and gap * float(exact.norm()) > allowed * float(exact.norm()) + _rounding(real, direction, coarse):
+        raise ProductWrong(
             f"the product in {str(coarse).removeprefix('torch.')} is {gap:.1%} off the proven one in float64 on the same examples, which no rounding explains. {_suspects(real)}"
         )
     return gap
@@ -184,8 +209,12 @@ def _rounding(objective: Objective, direction: Tensor, dtype: torch.dtype) -> fl
     """What rounding of `dtype` may do to a product: a saturated loss has a curvature far below eps J'J v, and only that is certain."""
     if objective.recipe.batch_loss is not None:
         return math.inf  # no outputs to tell it from; the gap is in the noise
-    identity = jacobian_sandwich(objective, lambda term, output: lambda u: u / (term.units if term.recipe.weighs else 1.0))
-    return 100 * torch.finfo(dtype).eps * float(identity(direction.to(objective.dtype)[:, None]).double().norm())
+    identity = Sweep(objective, sandwich_of(lambda term, output: lambda u: u / (term.units if term.recipe.weighs else 1.0)))
+    try:
+        reach = float(identity(direction.to(objective.dtype)[:, None]).double().norm())
+    except NotDifferentiable:
+        return 0.0  # differences in float64 are not rounded to `dtype`
+    return 100 * torch.finfo(dtype).eps * reach
 
 
 def _suspects(objective: Objective) -> str:

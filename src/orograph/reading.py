@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from .batches import read_batches
 from .errors import NotDeterministic
 from .proof import prove_passes_agree, prove_still, prove_weighting
 from .snapshots import Snapshot
-from .terms import Recipe, Term, Terms, weigh
+from .terms import Recipe, Term, Terms, weigh, writes_inputs
 
 
 @torch.inference_mode(False)
@@ -34,7 +35,7 @@ def read_terms(snapshot: Snapshot, recipe: Recipe, data: Any, batch_size: int | 
     untouched = {name: tensor.clone() for name, tensor in buffers.items()}
     users = snapshot.slots.present()
     with snapshot.applied():
-        terms = weigh(recipe, batches)
+        terms = weigh(replace(recipe, writes=recipe.writes or writes_inputs(recipe, batches)), batches)
         first = next(iter(terms))
         volatile = prove_still(first, buffers)
         _prove_own_weights(first, users, snapshot)

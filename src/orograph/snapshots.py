@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import OrographError
+from .kernels import plain_kernels
 from .layout import Layout, select_layout
 from .nesting import as_double
 from .points import snapshot_point
@@ -53,13 +54,14 @@ class Snapshot:
             mode_set(self.model, self.mode),
             rng_kept(),
             differentiable(self.point.theta.device),
+            plain_kernels(self.model, self.point.theta.device),
         ):
             yield
 
     def in_double(self) -> Snapshot:
         """The same point in float64."""
         buffers, frozen = as_double(dict(self.point.buffers)), as_double(dict(self.point.frozen))
-        return replace(self, dtype=torch.float64, dtypes=(torch.float64,) * len(self.dtypes), point=replace(self.point, theta=self.point.theta.double(), buffers=buffers, frozen=frozen), volatile=())
+        return replace(self, dtype=torch.float64, dtypes=(torch.float64,) * len(self.dtypes), point=replace(self.point, theta=self.point.theta.double(), buffers=buffers, frozen=frozen))
 
     def state_dict(self) -> dict[str, Any]:
         """What `model.state_dict()` would hold here, in the model's own precision."""

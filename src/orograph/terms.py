@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .batches import Batches, hash_examples
 from .criteria import Criterion
@@ -62,7 +61,7 @@ class Term:
         recipe = self.recipe
         if recipe.batch_loss is not None:
             return None
-        with _noted(self), _plain_kernels():
+        with _noted(self):
             if recipe.forward is not None:
                 result = recipe.forward(recipe.model, self.given())
                 if not isinstance(result, tuple) or len(result) != 2:
@@ -94,8 +93,7 @@ class Term:
     def total_and_count(self) -> tuple[Any, Any]:
         """What `batch_loss` returns; no count for a bare scalar."""
         assert self.recipe.batch_loss is not None
-        with _plain_kernels():
-            result = self.recipe.batch_loss(self.recipe.model, self.given())
+        result = self.recipe.batch_loss(self.recipe.model, self.given())
         if isinstance(result, tuple) and len(result) != 2:
             raise TypeError(f"batch_loss must return (total, count), got {len(result)} values.")
         total, count = result if isinstance(result, tuple) else (result, None)
@@ -150,7 +148,6 @@ class Terms:
 
 def weigh(recipe: Recipe, batches: Batches) -> Terms:
     """Count the units of every batch (inside `applied()`)."""
-    recipe = replace(recipe, writes=recipe.writes or _writes_inputs(recipe, batches))
     units = []
     for first, batch in batches:
         term = Term(recipe, batch, first)
@@ -173,7 +170,7 @@ def _returns_bare_scalar(recipe: Recipe, batches: Batches) -> bool:
     return Term(recipe, batch, first).total_and_count()[1] is None
 
 
-def _writes_inputs(recipe: Recipe, batches: Batches) -> bool:
+def writes_inputs(recipe: Recipe, batches: Batches) -> bool:
     """Whether the model or the loss changes the batch that it is given; tried on a copy of the first one."""
     first, batch = next(iter(batches))
     term = Term(recipe, map_tensors(_copied, batch), first)
@@ -193,18 +190,6 @@ def _must_be_as_many(found: float, expected: float) -> None:
             f"the number of units depends on the weights or changes by itself: {found:g}, where the construction found {expected:g}. A mean over "
             "examples that the model selects (hard examples, confident ones) is not one fixed loss. Divide by a number that only the data decide."
         )
-
-
-@contextmanager
-def _plain_kernels() -> Iterator[None]:
-    """Fused attention has no second derivative, and the encoder's fast path (only without gradients) pads with zeros: another function."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _pair(batch: Batch) -> tuple[Any, Any]:

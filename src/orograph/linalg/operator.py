@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 
@@ -21,6 +21,7 @@ from ..memory import memory_budget
 
 SampleKind = Literal["normal", "rademacher", "sphere"]
 Matmat = Callable[[Tensor], Tensor]  # (n, k) -> (n, k)
+Apart = Callable[[Callable[[int], Tensor]], Iterator[Tensor]]  # (part b -> V_b (n, k)) -> A_b V_b of every part
 
 NOISE = {torch.float64: 1e-14, torch.float32: 1e-6}  # round-off of a product, relative to the operator's norm
 CHUNK = 1 << 16  # rows whose dot products are summed in the working precision before float64 takes over
@@ -96,7 +97,7 @@ class LinearOperator:
 
     `matmat`: (n, k) -> (n, k), must be linear and symmetric, and the same map at every call · `size`: n · `space`: where the
     vectors live (default: one block) · `memory`: bytes that a basis of vectors may take; default half of what is free.
-    `noise`: error of a product relative to the operator's norm, where it is more than the round-off of `dtype` (a half-precision
+    `apart`: for an operator that is a sum $A = \sum_b A_b$ over parts (micro-batches): see the method · `noise`: error of a product relative to the operator's norm, where it is more than the round-off of `dtype` (a half-precision
     model behind single-precision vectors) · `products` counts operator-vector products spent so far; `about` says where the operator comes from.
     """
 
@@ -111,6 +112,7 @@ class LinearOperator:
         memory: int | str | None = None,
         noise: float = 0.0,
         about: dict[str, Any] | None = None,
+        apart: Apart | None = None,
     ) -> None:
         if size < 1:
             raise ValueError(f"LinearOperator(size={size}) needs at least one entry.")
@@ -125,6 +127,7 @@ class LinearOperator:
         self.noise = max(noise, NOISE.get(dtype, 1e-2))
         self.about: dict[str, Any] = about or {}
         self.products = 0
+        self._apart = apart
         if self.space.size != size:
             raise ValueError(f"LinearOperator(size={size}) does not fit its space, which has {self.space.size} entries.")
 
@@ -149,10 +152,24 @@ class LinearOperator:
         self.products += columns.shape[1]
         if product.shape != columns.shape:
             raise ValueError(f"matmat must map ({self.size}, k) to ({self.size}, k), and gave {tuple(product.shape)} for k = {columns.shape[1]}.")
-        if not bool(torch.isfinite(product).all()):
-            where = "the vector holds inf or NaN" if not bool(torch.isfinite(columns).all()) else "the operator overflowed or is undefined at this point"
-            raise OrographError(f"op @ V is not finite: {where}.")
+        _must_be_finite(product, columns)
         return product.reshape(V.shape)
+
+    def apart(self, vectors: Callable[[int], Tensor]) -> Iterator[Tensor]:
+        r"""A_b V_b (n, k) for every part b of $A = \sum_b A_b$, each with columns V_b = `vectors(b)` of its own.
+
+        All parts together cost k products: a vector for each part instead of one for all is free, and says more about the trace.
+        An operator that has no parts is a single one.
+        """
+        if self._apart is None:
+            yield self @ vectors(0)
+            return
+        spent = 0
+        for image in self._apart(vectors):
+            _must_be_finite(image, None)
+            spent = image.shape[1]
+            yield image.detach()
+        self.products += spent
 
     def dense(self) -> Tensor:
         """The matrix itself (n, n), column by column: n products."""
@@ -168,3 +185,9 @@ class LinearOperator:
     def __repr__(self) -> str:
         origin = self.about.get("curvature", "operator")
         return f"<{origin} {self.size} x {self.size}, {self.dtype}, {self.device}, products={self.products}>"
+
+
+def _must_be_finite(product: Tensor, columns: Tensor | None) -> None:
+    if not bool(torch.isfinite(product).all()):
+        where = "the vector holds inf or NaN" if columns is not None and not bool(torch.isfinite(columns).all()) else "the operator overflowed or is undefined at this point"
+        raise OrographError(f"op @ V is not finite: {where}.")

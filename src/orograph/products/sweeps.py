@@ -1,0 +1,105 @@
+r"""A curvature matrix as a sweep over micro-batches: $A V = \sum_b w_b A_b V$, each $A_b$ a linear map that autograd builds once.
+
+Building a map costs a forward and a first backward; applying it to a vector costs the rest. Maps that are kept across products save
+the first part, at the price of the memory that their graphs hold.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import NotDifferentiable
+from ..evaluation import no_dependence
+from ..objective import Objective
+from ..terms import Term
+
+Parts = Sequence[Tensor | None]  # one per leaf, None for zero
+TermMap = Callable[[Tensor, bool], Parts]  # (column (n,), whether it is used again) -> A_b column
+Build = Callable[[Objective, Term], TermMap | None]  # None: the term does not depend on theta
+
+UNSUPPORTED = re.compile(
+    r"derivative for .* is not implemented|does not currently support double backward|not implemented for .*double.?backward"
+    r"|once_differentiable|torch\.compile with aot_autograd does not|must implement .*(backward|vjp)|incompatible with \.grad\(\)"
+)
+
+
+@dataclass
+class Sweep:
+    """The matrix as a function V (n, k) -> A V (n, k), and as a sum of parts; the first `keep` maps stay in memory."""
+
+    objective: Objective
+    build: Build
+    keep: int = 0
+    kept: list[tuple[float, TermMap | None]] = field(default_factory=list)
+
+    def __call__(self, V: Tensor) -> Tensor:
+        total = torch.zeros(V.shape[::-1], dtype=torch.float64, device=V.device)  # a row per column of V
+        with self.objective.applied():  # over the backwards too: checkpointing runs the forward again there
+            for weight, apply, held in self._maps():
+                self._add(total, V, weight, apply, held)
+        return total.to(V.dtype).T
+
+    def apart(self, vectors: Callable[[int], Tensor]) -> Iterator[Tensor]:
+        """w_b A_b V_b (n, k) for every part b, with V_b = vectors(b) of its own: together they cost one product per column."""
+        with self.objective.applied():
+            for index, (weight, apply, held) in enumerate(self._maps()):
+                V = vectors(index)
+                total = torch.zeros(V.shape[::-1], dtype=torch.float64, device=V.device)
+                self._add(total, V, weight, apply, held)
+                yield total.to(V.dtype).T
+
+    def _add(self, total: Tensor, V: Tensor, weight: float, apply: TermMap | None, held: bool) -> None:
+        if apply is None:
+            return
+        for column in range(V.shape[1]):
+            add_parts(self.objective, total[column], apply(V[:, column].contiguous(), held or column + 1 < V.shape[1]), weight)
+
+    def _maps(self) -> Iterator[tuple[float, TermMap | None, bool]]:
+        """(weight, map, whether it is kept) of every term."""
+        if self.kept and len(self.kept) < self.keep:  # all terms there are
+            yield from ((weight, apply, True) for weight, apply in self.kept)
+            return
+        found = list(self.kept)
+        reached = False
+        for index, term in enumerate(self.objective.terms()):
+            if index < len(self.kept):
+                weight, apply = self.kept[index]
+                yield weight, apply, True
+                continue
+            apply = self.build(self.objective, term)
+            reached = reached or apply is not None
+            if index < self.keep:
+                found.append((term.weight, apply))
+            yield term.weight, apply, index < self.keep
+        if not reached and not self.kept:
+            raise NotDifferentiable(no_dependence(self.objective.names))
+        self.kept = found
+
+
+def add_parts(objective: Objective, total: Tensor, parts: Parts, weight: float) -> None:
+    """total (n,) += weight * parts, in float64."""
+    start = 0
+    for (_, entries), part in zip(objective.layout.blocks, parts, strict=True):
+        if part is not None:
+            total[start : start + entries].add_(part.detach().reshape(-1), alpha=weight)
+        start += entries
+
+
+@contextmanager
+def differentiable_twice() -> Iterator[None]:
+    """Turn torch's errors about a missing second derivative into NotDifferentiable, which says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not UNSUPPORTED.search(str(error)):
+            raise
+        raise NotDifferentiable(
+            f'autograd cannot differentiate this model twice: {str(error).splitlines()[0]} Use engine="difference" (which "auto" does), replace the '
+            "operation by one in plain torch (EmbeddingBag by Embedding and a sum, a fused module by its eager one), or leave its parameters out of params=."
+        ) from error

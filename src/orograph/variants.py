@@ -1,0 +1,49 @@
+"""The same loss over a few examples, in smaller micro-batches, or in float64: what proofs, memory budgets and differences need."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from .batches import Batches, one_batch
+from .nesting import Batch, as_double, count_examples, take_rows
+from .objective import Objective
+from .snapshots import Snapshot
+from .terms import Recipe, weigh
+
+
+def on_few(objective: Objective, examples: int, *, double: bool) -> Objective:
+    """A copy over the first batch's first examples (all of it, where batches must not be cut), in float64 if `double`."""
+    with objective.applied():
+        term = next(iter(objective.terms()))
+        few = replace(term, batch=take_rows(term.batch, torch.arange(min(examples, term.examples)))) if objective.divisible else term
+        batch = few.batch if few.count_units() > 0 else term.batch
+    small = _weighed(objective, objective.snapshot, objective.recipe, one_batch(batch))
+    return in_double(small) if double else small
+
+
+def in_pieces(objective: Objective, examples: int) -> Objective:
+    """Every batch cut into micro-batches of at most `examples`."""
+
+    def cut(batch: Batch) -> list[tuple[int, Batch]]:
+        rows = torch.arange(count_examples(batch)).split(examples)
+        return [(int(part[0]), take_rows(batch, part)) for part in rows]
+
+    return _weighed(objective, objective.snapshot, objective.recipe, replace(objective.terms().batches, view=cut))
+
+
+def in_double(objective: Objective) -> Objective:
+    """Weights, buffers, data and criterion in float64."""
+    batches, recipe = objective.terms().batches, objective.recipe
+    single = batches.prepare
+    kept = None if batches.kept is None else [as_double(batch) for batch in batches.kept]
+    recipe = replace(recipe, criterion=recipe.criterion and recipe.criterion.in_double(recipe.model))
+    return _weighed(objective, objective.snapshot.in_double(), recipe, replace(batches, kept=kept, prepare=lambda tensor: as_double(single(tensor))))
+
+
+@torch.inference_mode(False)
+def _weighed(objective: Objective, snapshot: Snapshot, recipe: Recipe, batches: Batches) -> Objective:
+    """With the units of every batch counted anew."""
+    with snapshot.applied():
+        return objective.like(snapshot, weigh(recipe, batches))
