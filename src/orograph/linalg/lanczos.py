@@ -43,9 +43,10 @@ class Krylov:
     log_betas: float = 0.0  # sum of log beta over all steps since the start
     scale: float = 0.0  # largest |Ritz value| seen, here and before: a lower bound on the norm of A
     discarded: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))  # Ritz values dropped at restarts
+    room: Tensor | None = None  # (capacity + 1, n): where the basis is to be, if the caller has a place for it
 
     def __post_init__(self) -> None:
-        self.basis = torch.empty(self.capacity + 1, self.op.size, dtype=self.op.dtype, device=self.op.device)
+        self.basis = torch.empty(self.capacity + 1, self.op.size, dtype=self.op.dtype, device=self.op.device) if self.room is None else self.room
         self.T = torch.zeros(self.capacity, self.capacity, dtype=torch.float64)
 
     def begin(self, vector: Tensor) -> bool:
@@ -81,6 +82,11 @@ class Krylov:
         """The subspace is invariant to working precision: every Ritz pair is an eigenpair, and there is no next vector."""
         return self.beta <= SAFE * torch.finfo(self.op.dtype).eps * self.scale or self.size + len(self.deflated) >= self.op.size
 
+    @property
+    def restarted(self) -> bool:
+        """The basis has been compressed, so that its first vector is no longer the start."""
+        return len(self.discarded) > 0
+
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values (j,) ascending, their vectors' coefficients (j, j), and estimates |beta s_j| of their residuals (j,)."""
         values, coefficients = torch.linalg.eigh(self.T[: self.size, : self.size])
@@ -96,9 +102,9 @@ class Krylov:
         values, coefficients, _ = self.ritz()
         dropped = torch.ones(self.size, dtype=torch.bool)
         dropped[keep] = False
-        basis = torch.empty_like(self.basis)  # a new array: a checkpoint may still hold the old one
-        basis[: len(keep)] = self.vectors(coefficients[:, keep])
-        basis[len(keep)] = self.basis[self.size]
+        kept, following = self.vectors(coefficients[:, keep]), self.basis[self.size].clone()
+        basis = torch.empty_like(self.basis) if self.room is None else self.room  # a new array: a checkpoint may still hold the old one
+        basis[: len(keep)], basis[len(keep)] = kept, following
         self.discarded = torch.cat([self.discarded, values[dropped]])
         self.basis, self.size = basis, len(keep)
         self.T = torch.zeros_like(self.T)

@@ -15,7 +15,7 @@ from .checkpoints import State
 from .intervals import Moments, SketchAlgebra, leave_one_out, spread
 from .operator import NOISE, LinearOperator
 
-VECTORS = ("Q", "AQ", "D")  # parts of a state that live on the operator's device; the numbers stay on the CPU
+VECTORS = ("Q", "AQ", "D", "rows", "following", "pilot_vectors", "pilot_images")  # parts of a state that live on the operator's device; the numbers stay on the CPU
 BATCH = 8  # columns per call of the operator: what a killed job can lose, twice over
 DROP = 8.0  # new basis vectors below this many roundings of the old are noise
 ROUNDINGS = 4.0  # roundings (relative to the norm of A v) that a product is taken to be off by
@@ -50,9 +50,9 @@ def grow(op: LinearOperator, method: str, state: State, budget: int, seed: int) 
 def moments(op: LinearOperator, method: str, state: State, seed: int) -> Moments:
     """The estimate that a state amounts to. No products; XTrace: O(n k^2) and the k random vectors once more."""
     if method == "exact":
-        blur = _excess_noise(op) * abs(float(state["total"]))
+        blur = excess_noise(op) * abs(float(state["total"]))
         return Moments(float(state["total"]), blur, math.inf, 0.0, blur)
-    epsilon = max(ROUNDINGS * torch.finfo(op.dtype).eps, _excess_noise(op))
+    epsilon = max(ROUNDINGS * torch.finfo(op.dtype).eps, excess_noise(op))
     if method == "xtrace":
         values, tangents, dependence, scale = _xtrace_forms(op, state, seed)
         return spread(values, tangents, dependence, epsilon * scale)
@@ -66,7 +66,7 @@ def moments(op: LinearOperator, method: str, state: State, seed: int) -> Moments
     return spread(captured + forms, squares - forms**2 / dimension, 1.0, noise)
 
 
-def _excess_noise(op: LinearOperator) -> float:
+def excess_noise(op: LinearOperator) -> float:
     """Relative error of a product where it is more than the rounding of the operator's dtype, as for half-precision models."""
     return op.noise if op.noise > NOISE.get(op.dtype, 0.0) else 0.0
 
@@ -95,7 +95,7 @@ def _grow_forms(op: LinearOperator, state: State, budget: int, seed: int) -> Sta
     D = D if Q is None else _deflate(op, Q, D)
     grown = {**state, "drawn": state["drawn"] + count}
     for name, (left, right) in {"quadratic": (V, D), "square": (D, D), "radius": (V, V)}.items():
-        grown[name] = torch.cat([state[name], _dots(op, left, right)])
+        grown[name] = torch.cat([state[name], dots(op, left, right)])
     if Q is not None and int(state["sketched"]) < int(state["sketch"]):
         grown["D"] = torch.cat([state["D"], D], dim=1)  # only a sketch that can still grow needs the vectors
     return grown
@@ -115,7 +115,7 @@ def _grow_hutchpp(op: LinearOperator, state: State, budget: int, seed: int) -> S
     grown = {**state, "sketched": state["sketched"] + count}
     if fresh.shape[1]:
         image = op @ fresh
-        gained = torch.stack([_dots(op, fresh, image).sum(), op.space.norm(image).sum().cpu()])
+        gained = torch.stack([dots(op, fresh, image).sum(), op.space.norm(image).sum().cpu()])
         grown["captured"] = state["captured"] + gained  # and what its rounding is relative to
         grown["Q"] = torch.cat([state["Q"], fresh], dim=1)
         grown |= _deflate_forms(op, grown, fresh, _deflate(op, grown["Q"], image), seed)
@@ -133,8 +133,8 @@ def _deflate_forms(op: LinearOperator, state: State, fresh: Tensor, image: Tenso
         along = op.space.inner(fresh, V)
         D = _deflate(op, fresh, D) - image @ along.to(op.dtype)
         parts["D"].append(D)
-        parts["quadratic"].append(_dots(op, V, D))
-        parts["square"].append(_dots(op, D, D))
+        parts["quadratic"].append(dots(op, V, D))
+        parts["square"].append(dots(op, D, D))
         parts["radius"].append(state["radius"][start : start + D.shape[1]] - (along**2).sum(dim=0).cpu())
     return {name: torch.cat(part, dim=-1) for name, part in parts.items() if part}
 
@@ -159,7 +159,7 @@ def _next(state: State, count: int) -> range:
     return range(int(state["drawn"]), int(state["drawn"]) + count)
 
 
-def _dots(op: LinearOperator, U: Tensor, V: Tensor) -> Tensor:
+def dots(op: LinearOperator, U: Tensor, V: Tensor) -> Tensor:
     """Inner products of matching columns, (k,) in float64."""
     return torch.diagonal(op.space.inner(U, V)).cpu()
 

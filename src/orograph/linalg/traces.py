@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,12 +14,13 @@ from ..results import Estimate, Status
 from .checkpoints import State, checkpointing, job_description
 from .intervals import Moments
 from .operator import LinearOperator, in_full_precision
+from .remainder import KrylovTrace, no_forms
 from .trace_methods import BATCH, VECTORS, grow, moments, start_state
 
 Method = Literal["auto", "hutchinson", "hutch++", "xtrace"]
-KINDS = ("hutchinson", "hutch++", "xtrace", "exact")  # what a state can be; its index is stored
-FIRST, RATIO = 20, 1.5  # products at which the stopping rule is first looked at, and their growth from look to look
-SKETCH_WORTH = 16  # basis vectors below which a sketch is no use
+KINDS = ("hutchinson", "hutch++", "xtrace", "exact", "krylov")  # what a state can be; its index is stored
+FIRST = 20  # products at which the stopping rule is first looked at
+GROWTH = (1.15, 2.0)  # least and largest growth of products from look to look
 
 
 @in_full_precision
@@ -36,14 +36,16 @@ def trace(
 ) -> Estimate:
     r"""Trace of a symmetric operator, unbiased, with an interval that holds.
 
-    `hutchinson` averages $v^\top A v$ and keeps one vector at a time; `hutch++` first takes out the range of a sketch (2/3 of the
-    products; Meyer et al. 2021, arXiv:2010.09649), as large as the operator's memory allows; `xtrace` uses every sample for both
-    (Epperly, Tropp, Webber 2024, arXiv:2301.07825) and keeps 3/2 vectors per product. `auto`: XTrace where `max_products` of it fit
-    in `op.memory`, else Hutch++, else Hutchinson. Samples are spheres: the error then does not depend on the basis.
+    `auto`: the trace on a Krylov subspace Q exactly, as $\operatorname{tr} Q^\top A Q$, and quadratic forms $x^\top A x$ for the rest, in
+    which every part (micro-batch) of the operator gets a vector x of its own; Q grows while another vector in it takes more off the
+    variance than another form would, and while `op.memory` holds it. By name: `hutchinson` averages $v^\top A v$ and keeps one vector
+    at a time; `hutch++` first takes out the range of a sketch (2/3 of the products; Meyer et al. 2021, arXiv:2010.09649), as large as
+    memory allows; `xtrace` uses every sample for both (Epperly, Tropp, Webber 2024, arXiv:2301.07825) and keeps 3/2 vectors per
+    product. Samples are spheres: the error then does not depend on the basis.
 
     `rel_error`: stop when the half-width of the 95 % interval is at most `rel_error` times |value|; None: spend `max_products`.
-    Looked at only at 20, 30, 45, ... products, so that stopping when the interval happens to be short costs no coverage to speak of. A
-    trace near zero ends "budget-limited" with its interval; "noise-limited": rounding in the products is all that is left.
+    Looked at only where it is expected to be met, so that stopping when the interval happens to be short costs no coverage to speak
+    of. A trace near zero ends "budget-limited" with its interval; "noise-limited": rounding in the products is all that is left.
     Where an estimator would take n products or more and `max_products` has room for n, the trace is computed exactly.
     `checkpoint`: a file; a killed job that is called again the same way gives the same bits. How the interval comes about: `intervals`.
     """
@@ -52,20 +54,25 @@ def trace(
     job = job_description(op, checkpoint, task="trace", method=method, seed=seed)
     with progress_bar(progress, "trace") as report, checkpointing(checkpoint, job) as (found, keep):
         state = _start(op, kind, max_products) if found is None else _placed(found, op)
+        krylov = KrylovTrace(op, seed, rel_error, max_products, found) if KINDS[int(state["kind"])] == "krylov" else None
         expected = max_products if rel_error is None else FIRST
-        for budget in _budgets(rel_error, max_products):
+        budget = FIRST if rel_error is not None else max_products
+        while True:
             kind = KINDS[int(state["kind"])]
-            while (grown := grow(op, kind, state, max_products if kind == "exact" else budget, seed)) is not None:
+            limit = max_products if kind == "exact" else min(budget, max_products)
+            while (grown := krylov.grow(state, limit) if krylov is not None and kind == "krylov" else grow(op, kind, state, limit, seed)) is not None:
                 state = grown
                 keep(state)
                 report(int(state["products"]), max(expected, int(state["products"])), kind)
-            now, spent = moments(op, kind, state, seed), int(state["products"])
-            status, need = _judge(now, kind, rel_error, spent)
-            if status != "budget-limited":
+            now = krylov.moments(state) if krylov is not None and kind == "krylov" else moments(op, kind, state, seed)
+            spent = int(state["products"])
+            status, need = _judge(now, kind, rel_error, spent, len(state["forms"]) if kind == "krylov" else 0)
+            if status != "budget-limited" or budget >= max_products:
                 break
             expected = math.ceil(min(need, max_products))
             report(spent, max(expected, spent), f"{now.value:.4g} ± {_half_width(now):.2g}")
-            if max(need, RATIO * budget) >= op.size and spent + op.size <= max_products:
+            budget = min(math.ceil(min(max(1.02 * need, GROWTH[0] * spent), GROWTH[1] * spent)), max_products)
+            if max(need, budget) >= op.size and spent + op.size <= max_products:
                 state = {**_start(op, "exact", max_products), "products": state["products"]}
                 expected = spent + op.size
     return Estimate(value=now.value, sem=now.sem, dof=now.dof, skew=now.skew, products=spent, status=status, label="trace")
@@ -109,16 +116,9 @@ def _exact_diagonal(op: LinearOperator) -> Estimate:
     return Estimate(value=value, sem=torch.zeros_like(value), products=op.products - before, label="diagonal")
 
 
-def _budgets(rel_error: float | None, max_products: int) -> Iterator[int]:
-    """Products at which the stopping rule is looked at, the last being `max_products`."""
-    budget = float(FIRST if rel_error is not None else max_products)
-    while budget < max_products:
-        yield int(budget)
-        budget *= RATIO
-    yield max_products
-
-
 def _start(op: LinearOperator, kind: str, max_products: int) -> State:
+    if kind == "krylov":
+        return {**no_forms(), "products": torch.tensor(0), "closed": torch.tensor(False), "kind": torch.tensor(KINDS.index(kind))}
     sketch = min(max_products // 3, _vectors(op) // 4)  # basis, residuals of as many forms, and room to join them
     return {**start_state(op, kind, sketch), "kind": torch.tensor(KINDS.index(kind))}
 
@@ -137,9 +137,9 @@ def _choose(op: LinearOperator, method: Method, rel_error: float | None, max_pro
     at_once = rel_error is None or op.size <= FIRST or max_products < op.size + FIRST  # an estimate first would leave no room
     if op.size <= max_products and at_once:
         return "exact"
-    room, needed = _vectors(op), 3 * (max_products // 2)  # Q, A Q and one of them again
     if method == "auto":
-        return "xtrace" if needed <= room else "hutch++" if room >= 4 * SKETCH_WORTH else "hutchinson"
+        return "krylov"
+    room, needed = _vectors(op), 3 * (max_products // 2)  # Q, A Q and one of them again
     least = needed if method == "xtrace" else 4 if method == "hutch++" else 0
     if least > room:
         gib = (least + 2 * BATCH) * op.size * torch.finfo(op.dtype).bits / 8 / 2**30
@@ -156,7 +156,7 @@ def _half_width(now: Moments) -> float:
     return float(upper - lower) / 2
 
 
-def _judge(now: Moments, kind: str, rel_error: float | None, spent: int) -> tuple[Status, float]:
+def _judge(now: Moments, kind: str, rel_error: float | None, spent: int, forms: int) -> tuple[Status, float]:
     """How the estimate stands, and how many products the error asked for may take in all."""
     if kind == "exact" or rel_error is None:
         return "converged", spent
@@ -165,8 +165,11 @@ def _judge(now: Moments, kind: str, rel_error: float | None, spent: int) -> tupl
         return "converged", spent
     if now.sem < math.sqrt(2) * now.noise:  # most of the error is rounding
         return "noise-limited", spent
-    power = 2 if kind == "hutchinson" else 1  # Hutch++ and XTrace need O(1 / error)
-    return "budget-limited", spent * (half / target) ** power if target > 0 else math.inf
+    if target <= 0:
+        return "budget-limited", math.inf
+    if kind == "krylov":
+        return "budget-limited", spent - forms + forms * (half / target) ** 2
+    return "budget-limited", spent * (half / target) ** (2 if kind == "hutchinson" else 1)  # Hutch++ and XTrace need O(1 / error)
 
 
 def _check(op: LinearOperator, method: Any, rel_error: Any, max_products: Any, seed: Any) -> None:

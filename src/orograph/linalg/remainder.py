@@ -1,0 +1,122 @@
+r"""Trace of what Krylov subspaces leave: $\operatorname{tr} A = \operatorname{tr} T + \operatorname{tr} P A P$ with $P = I - Q Q^\top$.
+
+The first part is known from the runs. The second is a mean of quadratic forms; where A is a sum of parts (micro-batches), every part
+gets a vector of its own: $\sum_b x_b^\top A_b x_b$ has variance $\sum_b 2 \|P A_b P\|^2$ in place of $2 \|\sum_b P A_b P\|^2$, which is
+less wherever parts agree, at the price of the same product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .checkpoints import State
+from .intervals import Moments, spread
+from .operator import LinearOperator
+from .runs import Runs, vectors_that_fit
+from .trace_methods import ROUNDINGS, dots, excess_noise
+
+COLUMNS = 8  # forms per call of the operator
+LEAST = 8  # vectors before a run is judged: a random start sees the ends of the spectrum only after a few
+MOST = 400  # vectors in a basis: beyond, its own algebra costs more than products
+PART_STRIDE = 1 << 32  # between the sample indices of one part and the next
+
+
+def no_forms() -> State:
+    """Nothing drawn yet."""
+    none = torch.zeros(0, dtype=torch.float64)
+    return {"forms": none, "tangents": none, "squares": none}
+
+
+def more_forms(op: LinearOperator, rows: Tensor, state: State, count: int, seed: int) -> State:
+    """`count` further forms on the complement of the orthonormal `rows` (m, n), at one product each."""
+    drawn = len(state["forms"])
+    dimension = op.size - len(rows)
+    totals = {name: torch.zeros(count, dtype=torch.float64) for name in ("forms", "tangents", "squares")}
+    given: list[Tensor] = []
+
+    def vectors(part: int) -> Tensor:
+        indices = range(drawn + part * PART_STRIDE, drawn + part * PART_STRIDE + count)
+        given[:] = [without(op, rows, op.space.samples(seed, indices, "sphere"))]
+        return given[0]
+
+    for image in op.apart(vectors):
+        X = given[0]
+        stretch = dimension / dots(op, X, X)
+        inside = op.space.inner(rows.T, image).reshape(len(rows), count).cpu()
+        forms = stretch * dots(op, X, image)
+        squares = (stretch * (dots(op, image, image) - (inside**2).sum(dim=0))).clamp_min(0.0)
+        totals["forms"] += forms
+        totals["tangents"] += (squares - forms**2 / dimension).clamp_min(0.0)
+        totals["squares"] += squares
+    return {name: torch.cat([state[name], total]) for name, total in totals.items()}
+
+
+def remainder_moments(op: LinearOperator, runs: Runs | None, state: State) -> Moments:
+    """The trace of A and the spread of its error."""
+    captured, magnitude = runs.captured.tolist() if runs is not None and runs.each else (0.0, 0.0)
+    epsilon = max(ROUNDINGS * torch.finfo(op.dtype).eps, excess_noise(op))
+    noise = epsilon * (magnitude + float(state["squares"].mean().sqrt()))
+    return spread(captured + state["forms"], state["tangents"], 1.0, noise)
+
+
+def without(op: LinearOperator, rows: Tensor, V: Tensor) -> Tensor:
+    """Columns (n, k) without their part in the span of the orthonormal `rows`."""
+    return V - rows.T @ op.space.inner(rows.T, V).reshape(len(rows), -1).to(op.dtype) if len(rows) else V
+
+
+def extend_while_worth(runs: Runs, target: Callable[[float], float], seed: int, room: int, spent: Callable[[], int]) -> bool:
+    r"""One more vector in the basis, if that takes more off the variance than a further form would; False if not.
+
+    For a half-width $\tau$ = `target(trace)`, N = $2 z^2 \|PAP - \mu P\|_F^2 / \tau^2$ forms are needed: a vector is worth its product
+    while it lowers N by more than one. Where `room` products are all there are, the balance is with the last form that they allow.
+    """
+    if runs.full:
+        return False
+    if not runs.each or runs.exhausted:
+        if not runs.begin(seed):
+            return False
+    elif runs.last.size >= LEAST:
+        trace, mean, left = runs.remainder()
+        worth = left / max(room - spent(), 1)
+        if (tau := target(trace)) > 0:
+            worth = max(worth, tau**2 / (2 * 1.96**2))
+        if runs.gain(mean) <= worth:
+            return False
+    runs.step()
+    return True
+
+
+class KrylovTrace:
+    """The trace by runs and forms together, as a state that grows: the estimator behind `trace(method="auto")`."""
+
+    def __init__(self, op: LinearOperator, seed: int, rel_error: float | None, max_products: int, state: State | None) -> None:
+        self.op, self.seed, self.rel_error, self.room = op, seed, rel_error, max_products
+        capacity = min(max_products // 2, MOST, max(op.size - 2, 0), vectors_that_fit(op, 5 * COLUMNS))
+        self.runs = Runs(op, capacity) if state is None else Runs.resumed(op, capacity, state)
+        self.closed = state is not None and bool(state["closed"])
+
+    def grow(self, state: State, budget: int) -> State | None:
+        """The state after one more vector in the basis, or a few more forms; None if `budget` is spent."""
+        before, spent = self.op.products, int(state["products"])
+        if not self.closed and self.runs.pilots is None and self.runs.capacity > LEAST:
+            self.runs.watch(self.seed)
+        elif not self.closed:
+            self.closed = not extend_while_worth(self.runs, self._target, self.seed, self.room, lambda: spent)
+        if self.op.products == before:
+            least = spent - len(state["forms"]) + COLUMNS  # the basis may have taken what was meant for the first look
+            count = min(COLUMNS, max(budget, min(least, self.room)) - spent)
+            if count < 1:
+                return None
+            state = state | more_forms(self.op, self.runs.rows, state, count, self.seed)
+        gone = {"products": state["products"] + (self.op.products - before), "closed": torch.tensor(self.closed)}
+        return state | self.runs.state() | gone
+
+    def moments(self, state: State) -> Moments:
+        """What the state says of the trace."""
+        return remainder_moments(self.op, self.runs, state)
+
+    def _target(self, trace: float) -> float:
+        return self.rel_error * abs(trace) if self.rel_error is not None else 0.0

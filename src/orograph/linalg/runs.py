@@ -1,0 +1,176 @@
+r"""Krylov subspaces one after another, each in the orthogonal complement of all before.
+
+Run i gives $A Q_i = Q_i T_i + \beta_i q_i e^\top$ in that complement, so that A is the direct sum of all $T_i$ and of what is left,
+$P A P$ with $P = I - Q Q^\top$, up to one coupling $\beta_i$ per run: together these move the sorted eigenvalues by at most
+$2 \sum_i \beta_i$ in sum (Lidskii), the trace not at all. What a product has told is used for everything: the ends of the spectrum
+from the union of all subspaces, the trace of the part that is known exactly, the density from each run's own start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .checkpoints import State
+from .lanczos import Krylov
+from .operator import LinearOperator
+
+START_STREAM, PILOT_STREAM = -(1 << 40), -(1 << 41)  # indices of samples that nothing else uses
+PILOTS = 4
+
+
+@dataclass
+class Runs:
+    """All runs so far; the last one can still grow. Rows 0..size of `buffer` are the joint basis Q."""
+
+    op: LinearOperator
+    capacity: int
+    buffer: Tensor = field(init=False)  # (capacity + 1, n)
+    each: list[Krylov] = field(default_factory=list)
+    following: list[Tensor] = field(default_factory=list)  # (n,): the next vector of each run that is closed
+    pilots: tuple[Tensor, Tensor] | None = None  # (n, p) vectors and their images under A, both without their parts in Q
+
+    def __post_init__(self) -> None:
+        self.buffer = torch.empty(self.capacity + 1, self.op.size, dtype=self.op.dtype, device=self.op.device)
+
+    @property
+    def size(self) -> int:
+        """Vectors in the joint basis."""
+        return sum(run.size for run in self.each)
+
+    @property
+    def rows(self) -> Tensor:
+        """The joint basis (size, n)."""
+        return self.buffer[: self.size]
+
+    @property
+    def last(self) -> Krylov:
+        """The run that can grow."""
+        return self.each[-1]
+
+    @property
+    def full(self) -> bool:
+        """No further vector has a place."""
+        return self.size >= self.capacity
+
+    @property
+    def exhausted(self) -> bool:
+        """The last run has reached an invariant subspace: only a new start can see more."""
+        return bool(self.each) and self.last.size > 0 and self.last.exhausted
+
+    def begin(self, seed: int) -> bool:
+        """Close the last run and start a new one from a random vector; False if nothing is left to start in."""
+        if self.each:
+            self.following.append(self.last.basis[self.last.size].clone() if not self.last.exhausted else torch.zeros_like(self.buffer[0]))
+        start = self.size
+        run = Krylov(self.op, self.capacity - start, self.buffer[:start], room=self.buffer[start:])
+        run.scale = max((other.scale for other in self.each), default=0.0)
+        alive = start < min(self.capacity, self.op.size) and run.begin(self.op.space.sample(seed, START_STREAM + len(self.each), "sphere"))
+        if alive:
+            self.each.append(run)
+        elif self.each:
+            self.following.pop()
+        return alive
+
+    @property
+    def captured(self) -> Tensor:
+        """tr Q'AQ, and the sum of the Ritz values' magnitudes that its rounding is relative to: (2,)."""
+        parts = [run.T[: run.size, : run.size] for run in self.each]
+        trace = sum(float(torch.trace(T)) for T in parts)
+        return torch.tensor([trace, sum(float(torch.linalg.eigvalsh(T).abs().sum()) for T in parts if len(T))], dtype=torch.float64)
+
+    def union(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ritz values of the joint basis (m,) ascending, their coefficients (m, m), and bounds on their residuals (m,)."""
+        m, inner = self.size, self.op.space.inner
+        joint = torch.zeros(m, m, dtype=torch.float64)
+        outside = torch.zeros(len(self.each), m, dtype=torch.float64)  # [i]: what of the joint basis run i's beta multiplies
+        start = 0
+        for index, run in enumerate(self.each):
+            end = start + run.size
+            joint[start:end, start:end] = run.T[: run.size, : run.size]
+            if run.size and not run.exhausted:
+                outside[index, end - 1] = run.beta
+                if index + 1 < len(self.each) and end < m:
+                    joint[end:, end - 1] = run.beta * inner(self.buffer[end:m].T, self.following[index]).cpu()
+                    joint[end - 1, end:] = joint[end:, end - 1]
+            start = end
+        values, coefficients = torch.linalg.eigh(joint)
+        return values, coefficients, (outside @ coefficients).abs().sum(dim=0)
+
+    def step(self) -> None:
+        """One product, one more vector in the joint basis."""
+        run = self.last
+        run.step()
+        if self.pilots is not None:
+            V, D = self.pilots
+            row = run.basis[run.size - 1]
+            along = self.op.space.inner(row, V).to(V.dtype)
+            D = D - torch.outer(row, self.op.space.inner(row, D).to(V.dtype))
+            if not run.exhausted:
+                D = D - torch.outer(run.basis[run.size], run.beta * along)
+            self.pilots = V - torch.outer(row, along), D
+
+    def watch(self, seed: int) -> None:
+        """Draw a few vectors, at one product each, by which `remainder` sees what is left."""
+        V = self.op.space.samples(seed, range(PILOT_STREAM, PILOT_STREAM + PILOTS), "sphere")
+        self.pilots = V, self.op @ V
+
+    def remainder(self) -> tuple[float, float, float]:
+        r"""Rough (trace of A, mean eigenvalue $\mu$ of what is left, $\|P A P - \mu P\|_F^2$), from the pilots; good to a few tens of per cent."""
+        assert self.pilots is not None  # watch() comes first
+        V, D = self.pilots
+        dimension = max(self.op.size - self.size, 1)
+        stretch = dimension / (V.double() ** 2).sum(dim=0).clamp(min=1e-300)
+        forms = stretch * (V.double() * D.double()).sum(dim=0)
+        left = stretch * (D.double() ** 2).sum(dim=0) - forms**2 / dimension
+        rest = float(forms.mean())
+        return float(self.captured[0]) + rest, rest / dimension, max(float(left.mean()), 0.0)
+
+    def gain(self, mean: float) -> float:
+        r"""How much one more vector takes off $\|P A P - \mu P\|_F^2$: $(\alpha - \mu)^2 + 2 \beta^2$, averaged over the last five."""
+        run = self.last
+        last = range(max(run.size - 5, 0), run.size)
+        betas = [float(run.T[j + 1, j]) if j + 1 < run.size else run.beta for j in last]
+        return sum((float(run.T[j, j]) - mean) ** 2 + 2 * beta**2 for j, beta in zip(last, betas, strict=True)) / max(len(last), 1)
+
+    def state(self) -> State:
+        """For a checkpoint."""
+        extra = 1 if self.each and not self.last.exhausted else 0
+        found: State = {"rows": self.buffer[: self.size + extra]}
+        if self.pilots is not None:
+            found["pilot_vectors"], found["pilot_images"] = self.pilots
+        for index, run in enumerate(self.each):
+            found[f"T{index}"] = run.T[: run.size, : run.size].clone()
+            found[f"run{index}"] = torch.tensor([run.size, run.beta, run.log_betas, run.scale], dtype=torch.float64)
+            found[f"discarded{index}"] = run.discarded
+        if self.following:
+            found["following"] = torch.stack(self.following)
+        return found
+
+    @classmethod
+    def resumed(cls, op: LinearOperator, capacity: int, state: State) -> Runs:
+        """From a checkpoint's state."""
+        runs = cls(op, capacity)
+        if "pilot_vectors" in state:
+            runs.pilots = state["pilot_vectors"].to(op.device), state["pilot_images"].to(op.device)
+        runs.buffer[: len(state["rows"])] = state["rows"].to(op.device)
+        runs.following = list(state["following"].to(op.device)) if "following" in state else []
+        start = 0
+        while (numbers := state.get(f"run{len(runs.each)}")) is not None:
+            size, beta, log_betas, scale = numbers.tolist()
+            index = len(runs.each)
+            run = Krylov(
+                op, capacity - start, runs.buffer[:start], size=int(size), beta=beta, log_betas=log_betas, scale=scale,
+                discarded=state[f"discarded{index}"].cpu(), room=runs.buffer[start:],
+            )  # fmt: skip
+            run.T[: run.size, : run.size] = state[f"T{index}"].cpu()
+            runs.each.append(run)
+            start += run.size
+        return runs
+
+
+def vectors_that_fit(op: LinearOperator, beside: int) -> int:
+    """How many vectors of `op` its memory holds, when `beside` others are needed at the same time."""
+    return max(op.memory // (op.size * torch.finfo(op.dtype).bits // 8) - beside, 0)
