@@ -55,10 +55,10 @@ def eigenpairs(
             vectors, missed, scale = power_vectors(op, goal.k, which, goal.tol, budget - goal.count, seed, report), 1.0, 0.0
         else:
             vectors, missed, scale = lanczos_search(op, goal, _capacity(op, goal), budget - goal.count, start, seed, checkpoint, report)
-    return _certified(op, goal, vectors, missed, scale, before)
+    return certified(op, goal, vectors, missed, scale, before)
 
 
-def _certified(op: LinearOperator, goal: Goal, rows: Tensor, missed: float, scale: float, before: int) -> Eigenpairs:
+def certified(op: LinearOperator, goal: Goal, rows: Tensor, missed: float, scale: float, before: int) -> Eigenpairs:
     """Rayleigh-Ritz on the found vectors with one product each, which gives true residuals; then status and intervals."""
     basis, _ = torch.linalg.qr(rows.T.double())
     basis = basis.to(op.dtype)  # (n, c)

@@ -171,6 +171,11 @@ class LinearOperator:
             yield image.detach()
         self.products += spent
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether `apart` gives every part a vector of its own."""
+        return self._apart is not None
+
     def dense(self) -> Tensor:
         """The matrix itself (n, n), column by column: n products."""
         need = 3 * self.size**2 * torch.finfo(self.dtype).bits // 8

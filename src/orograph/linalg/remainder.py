@@ -67,26 +67,17 @@ def without(op: LinearOperator, rows: Tensor, V: Tensor) -> Tensor:
     return V - rows.T @ op.space.inner(rows.T, V).reshape(len(rows), -1).to(op.dtype) if len(rows) else V
 
 
-def extend_while_worth(runs: Runs, target: Callable[[float], float], seed: int, room: int, spent: Callable[[], int]) -> bool:
-    r"""One more vector in the basis, if that takes more off the variance than a further form would; False if not.
+def worth_a_vector(runs: Runs, target: Callable[[float], float], left: int) -> bool:
+    r"""Whether one more vector in the basis takes more off the variance than a further form would.
 
     For a half-width $\tau$ = `target(trace)`, N = $2 z^2 \|PAP - \mu P\|_F^2 / \tau^2$ forms are needed: a vector is worth its product
-    while it lowers N by more than one. Where `room` products are all there are, the balance is with the last form that they allow.
+    while it lowers N by more than one. Where only `left` products remain, the balance is with the last form that they allow.
     """
-    if runs.full:
-        return False
-    if not runs.each or runs.exhausted:
-        if not runs.begin(seed):
-            return False
-    elif runs.last.size >= LEAST:
-        trace, mean, left = runs.remainder()
-        worth = left / max(room - spent(), 1)
-        if (tau := target(trace)) > 0:
-            worth = max(worth, tau**2 / (2 * 1.96**2))
-        if runs.gain(mean) <= worth:
-            return False
-    runs.step()
-    return True
+    trace, mean, square = runs.remainder()
+    worth = square / max(left, 1)
+    if (tau := target(trace)) > 0:
+        worth = max(worth, tau**2 / (2 * 1.96**2))
+    return runs.gain(mean) > worth
 
 
 class KrylovTrace:
@@ -104,7 +95,7 @@ class KrylovTrace:
         if not self.closed and self.runs.pilots is None and self.runs.capacity > LEAST:
             self.runs.watch(self.seed)
         elif not self.closed:
-            self.closed = not extend_while_worth(self.runs, self._target, self.seed, self.room, lambda: spent)
+            self.closed = not self._extend(self.room - spent)
         if self.op.products == before:
             least = spent - len(state["forms"]) + COLUMNS  # the basis may have taken what was meant for the first look
             count = min(COLUMNS, max(budget, min(least, self.room)) - spent)
@@ -113,6 +104,18 @@ class KrylovTrace:
             state = state | more_forms(self.op, self.runs.rows, state, count, self.seed)
         gone = {"products": state["products"] + (self.op.products - before), "closed": torch.tensor(self.closed)}
         return state | self.runs.state() | gone
+
+    def _extend(self, left: int) -> bool:
+        runs = self.runs
+        if runs.full:
+            return False
+        if not runs.each or runs.exhausted:
+            if not runs.begin(self.seed):
+                return False
+        elif runs.last.size >= LEAST and not worth_a_vector(runs, self._target, left):
+            return False
+        runs.step()
+        return True
 
     def moments(self, state: State) -> Moments:
         """What the state says of the trace."""

@@ -62,6 +62,8 @@ class Runs:
 
     def begin(self, seed: int) -> bool:
         """Close the last run and start a new one from a random vector; False if nothing is left to start in."""
+        if self.each and not self.last.size:
+            return True  # it has not been used yet
         if self.each:
             self.following.append(self.last.basis[self.last.size].clone() if not self.last.exhausted else torch.zeros_like(self.buffer[0]))
         start = self.size
@@ -81,18 +83,19 @@ class Runs:
         trace = sum(float(torch.trace(T)) for T in parts)
         return torch.tensor([trace, sum(float(torch.linalg.eigvalsh(T).abs().sum()) for T in parts if len(T))], dtype=torch.float64)
 
-    def union(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Ritz values of the joint basis (m,) ascending, their coefficients (m, m), and bounds on their residuals (m,)."""
-        m, inner = self.size, self.op.space.inner
+    def union(self, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Ritz values of the joint basis (m,) ascending, their coefficients (m, m), and bounds on their residuals (m,); of the first `count` runs."""
+        each, inner = self.each[:count], self.op.space.inner
+        m = sum(run.size for run in each)
         joint = torch.zeros(m, m, dtype=torch.float64)
-        outside = torch.zeros(len(self.each), m, dtype=torch.float64)  # [i]: what of the joint basis run i's beta multiplies
+        outside = torch.zeros(len(each), m, dtype=torch.float64)  # [i]: what of the joint basis run i's beta multiplies
         start = 0
-        for index, run in enumerate(self.each):
+        for index, run in enumerate(each):
             end = start + run.size
             joint[start:end, start:end] = run.T[: run.size, : run.size]
             if run.size and not run.exhausted:
                 outside[index, end - 1] = run.beta
-                if index + 1 < len(self.each) and end < m:
+                if end < m:
                     joint[end:, end - 1] = run.beta * inner(self.buffer[end:m].T, self.following[index]).cpu()
                     joint[end - 1, end:] = joint[end:, end - 1]
             start = end

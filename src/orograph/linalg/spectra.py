@@ -1,19 +1,22 @@
-"""`spectrum`: both ends, trace and density of one operator, and what follows from them."""
+"""`spectrum`: both ends, trace and density of one operator from one set of products, and what follows from them."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..progress import Progress
+from ..progress import Progress, progress_bar
 from ..results import Density, Eigenpairs, Estimate, Spectrum, worst_status
-from .density import spectral_density
-from .eigen import eigenpairs
+from .checkpoints import checkpointing, job_description
+from .density import match_moments
+from .eigen import certified
+from .one_pass import STARTS, STEPS, OnePass
 from .operator import LinearOperator, in_full_precision
-from .traces import trace
+from .search import Goal
 
 
 @in_full_precision
@@ -29,16 +32,28 @@ def spectrum(
 ) -> Spectrum:
     r"""The `k` largest eigenpairs (all, where the operator is smaller), the smallest, the trace to `rel_error`, the density, and what follows.
 
-    `negative_mass`: share of eigenvalues below -`density.width`; nearer to zero the density cannot tell their sign. `condition`, by definition: kappa of a singular or
-    indefinite matrix is undefined, so each entry names what stands in for it. `max_products` bounds the trace (default 1000), whose
-    share of the cost is the largest; see `eigenpairs`, `trace` and `spectral_density` for the other parts. `checkpoint`: a folder.
+    One set of products serves all: a first Krylov subspace grows until the ends have converged (as `eigenpairs` with tol = 1e-3 has
+    it) and while each further vector is worth its product to the trace; further starts in its complement look for what it
+    cannot have seen and give the density; quadratic forms on what is left make up the trace (see `trace`); one product per reported pair
+    gives its true residual. It stops when the asked errors are met, or after `max_products` (default 1000 + 20 k).
+
+    `density`: reported pairs are atoms, all other Ritz values single eigenvalues, the rest is quadrature, moved to the mean that the
+    trace leaves for it. `negative_mass`: share of eigenvalues below -`density.width`; nearer to zero the density cannot tell their
+    sign. `condition`, by definition: kappa of a singular or indefinite matrix is undefined, so each entry names what stands in for it.
+    `checkpoint`: a file. Raises OutOfBudget where the basis for `k` pairs does not fit `op.memory`.
     """
     before = op.products
-    file = (lambda name: Path(checkpoint) / f"{name}.safetensors") if checkpoint is not None else (lambda name: None)
-    top = eigenpairs(op, min(k, op.size), which="largest", seed=seed, checkpoint=file("top"), progress=progress)
-    bottom = eigenpairs(op, 1, which="smallest", seed=seed, checkpoint=file("bottom"), progress=progress)
-    total = trace(op, rel_error=rel_error, max_products=max_products or 1000, seed=seed, checkpoint=file("trace"), progress=progress)
-    density = spectral_density(op, seed=seed, checkpoint=file("density"), progress=progress)
+    job = job_description(op, checkpoint, what="spectrum", k=k, seed=seed)
+    with progress_bar(progress, "spectrum") as report, checkpointing(checkpoint, job) as (found, keep):
+        work = OnePass(op, min(k, op.size), rel_error, max_products or 1000 + 20 * k, seed, found)
+        while work.advance():
+            keep(work.state())
+            report(work.products, max(work.expected, work.products), work.phase)
+        keep(work.state())
+    top = _pairs(op, work, Goal(work.k, "largest", work.tol, op.noise), work.missed_above)
+    bottom = _pairs(op, work, Goal(1, "smallest", work.tol, op.noise), work.missed_below)
+    total = work.trace
+    density = _density(op, work, top, bottom)
     floor = max(density.width, op.noise * max(abs(float(top.values[0])), abs(float(bottom.values[0]))))
     return Spectrum(
         top=top,
@@ -50,6 +65,70 @@ def spectrum(
         products=op.products - before,
         status=worst_status([top.status, bottom.status, total.status]),
     )
+
+
+def _pairs(op: LinearOperator, work: OnePass, goal: Goal, missed: float) -> Eigenpairs:
+    """The wanted Ritz pairs of the joint basis, with one product each for their true residuals."""
+    values, coefficients, _ = work.runs.union()
+    chosen = coefficients[:, goal.choose(values)].T.to(op.device, op.dtype)
+    return certified(op, goal, chosen @ work.runs.rows, missed, float(values.abs().max()), op.products)
+
+
+def _density(op: LinearOperator, work: OnePass, top: Eigenpairs, bottom: Eigenpairs) -> Density:
+    """Atoms; and per run one row: the other Ritz values of all runs before it, and its own quadrature for what these leave."""
+    runs, n = work.runs, op.size
+    atoms = _once(torch.cat([top.values[top.converged], bottom.values[bottom.converged]]), torch.cat([top.residuals[top.converged], bottom.residuals[bottom.converged]]), runs.union()[0])
+    total, squares = float(work.trace.value) - float(atoms.sum()), work.squares - float((atoms**2).sum())
+    rows = []
+    for index, run in enumerate(runs.each):
+        if not run.size or (run.restarted and len(runs.each) > 1):
+            continue
+        single = _others(runs.union(index)[0], atoms, 1e-3 * atoms.abs()) if index else atoms[:0]
+        left = n - len(atoms) - len(single)
+        values, coefficients, residuals = run.ritz()
+        if run.size + sum(other.size for other in runs.each[:index]) >= n or left < 1:  # nothing is left to guess
+            single, left = _others(runs.union(index + 1)[0], atoms, 1e-3 * atoms.abs()), 0
+        near = ((values[:, None] - atoms).abs() <= residuals[:, None] + 1e-3 * atoms.abs()).any(dim=1) if len(atoms) else torch.zeros(len(values), dtype=torch.bool)
+        places, shares = values[~near], coefficients[0, ~near] ** 2
+        if left and len(places) and float(shares.sum()) > 0:
+            target = torch.tensor([total - float(single.sum()), squares - float((single**2).sum())], dtype=torch.float64) / left
+            shares = shares / shares.sum()
+            if not math.isfinite(work.squares):
+                target[1] = shares @ places**2 - (shares @ places) ** 2 + target[0] ** 2
+            shares = match_moments(places, shares, target) * (left / n)
+        else:
+            places, shares = places[:0], shares[:0]
+        rows.append((torch.cat([single, places]), torch.cat([torch.full_like(single, 1 / n), shares]), len(single)))
+    width = max(len(places) for places, _, _ in rows)
+    nodes, weights = torch.zeros(len(rows), width, dtype=torch.float64), torch.zeros(len(rows), width, dtype=torch.float64)
+    for row, (places, shares, _) in enumerate(rows):
+        nodes[row, : len(places)], weights[row, : len(places)] = places, shares / shares.sum().clamp(min=1e-300) * (1 - len(atoms) / n)
+        nodes[row, len(places) :] = places[-1] if len(places) else 0.0
+    spread = max(float(places[singles:].max() - places[singles:].min()) if len(places) > singles else 0.0 for places, _, singles in rows[min(1, len(rows) - 1) :])
+    scale = max(float(runs.union()[0].abs().max()), torch.finfo(torch.float64).tiny)
+    return Density(nodes=nodes, weights=weights, atoms=atoms, size=n, width=max(spread / STEPS, 1e-6 * scale), products=STARTS * STEPS)
+
+
+def _once(found: Tensor, residuals: Tensor, values: Tensor) -> Tensor:
+    """Verified eigenvalues, each as often as there are Ritz values for it: the top and the bottom of a small operator overlap."""
+    free = torch.ones(len(values), dtype=torch.bool)
+    kept = []
+    for value, reach in zip(found, residuals + 1e-3 * found.abs(), strict=True):
+        distance = (values - value).abs().masked_fill(~free, math.inf)
+        if len(values) and float(distance.min()) <= float(reach):
+            free[distance.argmin()] = False
+            kept.append(float(value))
+    return torch.tensor(kept, dtype=torch.float64)
+
+
+def _others(values: Tensor, atoms: Tensor, slack: Tensor) -> Tensor:
+    """The Ritz values that are no atoms."""
+    free = torch.ones(len(values), dtype=torch.bool)
+    for atom, reach in zip(atoms, slack, strict=True):
+        distance = (values - atom).abs().masked_fill(~free, math.inf)
+        if len(values) and float(distance.min()) <= float(reach):
+            free[distance.argmin()] = False
+    return values[free]
 
 
 def condition_numbers(top: Eigenpairs, bottom: Eigenpairs, total: Estimate, density: Density) -> dict[str, float]:

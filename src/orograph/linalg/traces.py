@@ -66,11 +66,11 @@ def trace(
                 report(int(state["products"]), max(expected, int(state["products"])), kind)
             now = krylov.moments(state) if krylov is not None and kind == "krylov" else moments(op, kind, state, seed)
             spent = int(state["products"])
-            status, need = _judge(now, kind, rel_error, spent, len(state["forms"]) if kind == "krylov" else 0)
+            status, need = judge(now, kind, rel_error, spent, len(state["forms"]) if kind == "krylov" else 0)
             if status != "budget-limited" or budget >= max_products:
                 break
             expected = math.ceil(min(need, max_products))
-            report(spent, max(expected, spent), f"{now.value:.4g} ± {_half_width(now):.2g}")
+            report(spent, max(expected, spent), f"{now.value:.4g} ± {half_width(now):.2g}")
             budget = min(math.ceil(min(max(1.02 * need, GROWTH[0] * spent), GROWTH[1] * spent)), max_products)
             if max(need, budget) >= op.size and spent + op.size <= max_products:
                 state = {**_start(op, "exact", max_products), "products": state["products"]}
@@ -151,16 +151,17 @@ def _choose(op: LinearOperator, method: Method, rel_error: float | None, max_pro
     return method
 
 
-def _half_width(now: Moments) -> float:
+def half_width(now: Moments) -> float:
+    """Of the 95 % interval."""
     lower, upper = Estimate(value=now.value, sem=now.sem, dof=now.dof, skew=now.skew).interval(0.95)
     return float(upper - lower) / 2
 
 
-def _judge(now: Moments, kind: str, rel_error: float | None, spent: int, forms: int) -> tuple[Status, float]:
+def judge(now: Moments, kind: str, rel_error: float | None, spent: int, forms: int) -> tuple[Status, float]:
     """How the estimate stands, and how many products the error asked for may take in all."""
     if kind == "exact" or rel_error is None:
         return "converged", spent
-    half, target = _half_width(now), rel_error * abs(now.value)
+    half, target = half_width(now), rel_error * abs(now.value)
     if half <= target:
         return "converged", spent
     if now.sem < math.sqrt(2) * now.noise:  # most of the error is rounding
