@@ -149,13 +149,47 @@ def vectors(count, n):
     return (count + 16) * n * 8  # 16 beside them for the products
 
 
-def test_auto_takes_the_best_method_that_fits_in_memory():
-    spent = {}
-    for name, memory in {"xtrace": vectors(90, 200), "hutch++": vectors(80, 200), "hutchinson": vectors(60, 200)}.items():
-        spent[name] = trace(operator(decay(200), memory=memory), rel_error=None, max_products=60, seed=1)
-    for name in METHODS:
-        explicit = trace(operator(decay(200), memory=vectors(90, 200)), method=name, rel_error=None, max_products=60, seed=1)
-        assert spent[name].value == explicit.value
+@pytest.mark.parametrize("room", [0, 10, 30, 200])
+def test_auto_deflates_as_far_as_memory_allows_and_stays_right(room):
+    values = decay(200)
+    op = operator(values, memory=max(room + 40, 1) * 200 * 8)
+    estimate = trace(op, rel_error=None, max_products=60, seed=1)
+    assert abs(estimate.value - float(values.sum())) < 4 * estimate.sem and estimate.products == op.products == 60
+    least = trace(operator(values), method="hutchinson", rel_error=None, max_products=60, seed=1)
+    assert (estimate.sem < 0.5 * least.sem) == (room >= 10)
+
+
+@pytest.mark.parametrize("values", [decay(2000), 1 + torch.arange(2000, dtype=F64) / 2000, torch.cat([torch.linspace(50, 3, 10), 0.05 * torch.randn(1990, generator=torch.Generator().manual_seed(1))]).double()])
+def test_auto_needs_no_more_products_than_the_best_method_by_name(values):
+    spent = {method: trace(operator(values), method=method, rel_error=0.002, seed=1, max_products=1500).products for method in ("auto", *METHODS)}
+    assert spent["auto"] <= 1.5 * min(spent[method] for method in METHODS)  # flat spectra: a few products go to finding out that they are
+
+
+def parted(matrices, **settings):
+    """The sum of some matrices as an operator that knows its parts."""
+    whole = sum(matrices)
+
+    def apart(vectors):
+        for index, matrix in enumerate(matrices):
+            yield matrix @ vectors(index)
+
+    return LinearOperator(lambda V: whole @ V, len(whole), apart=apart, **settings)
+
+
+def test_parts_with_vectors_of_their_own_are_unbiased_and_tell_more():
+    base = rotated(1 / torch.arange(1, 201, dtype=F64).sqrt())
+    matrices = [base / 4 + 0.01 * rotated(torch.randn(200, generator=torch.Generator().manual_seed(i), dtype=F64)) for i in range(4)]
+    truth = float(sum(matrices).trace())
+    together = LinearOperator.from_dense(sum(matrices))
+    errors = []
+    for seed in range(30):
+        op = parted(matrices)
+        estimate = trace(op, rel_error=None, max_products=60, seed=seed)
+        assert estimate.products == op.products == 60
+        errors.append((estimate.value - truth) / estimate.sem)
+        assert estimate.sem < 0.8 * trace(together, rel_error=None, max_products=60, seed=seed).sem
+    spread = torch.tensor(errors, dtype=F64)
+    assert abs(float(spread.mean())) < 3 / 30**0.5 and 0.6 < float(spread.std()) < 1.4
 
 
 def test_hutchpp_keeps_its_sketch_within_memory_and_stays_right():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import weakref
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -51,17 +51,26 @@ class Meter(TorchDispatchMode):
         self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and note what it has made."""
-        given = {id(tensor.untyped_storage()) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        """Run the operation and note what it has made; views and operations in place make nothing."""
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in given and storage not in self._seen:
-                size = storage.nbytes()
-                self._seen.add(storage)
-                self.live += size
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._gone, size)
+        if _makes_new(func):
+            for tensor in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(tensor, Tensor):
+                    self._note(tensor.untyped_storage())
         return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._seen:
+            size = storage.nbytes()
+            self._seen.add(storage)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._gone, size)
 
     def _gone(self, size: int) -> None:
         self.live -= size
+
+
+@functools.cache
+def _makes_new(func: Any) -> bool:
+    return all(returned.alias_info is None for returned in func._schema.returns)

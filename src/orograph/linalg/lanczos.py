@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .operator import LinearOperator
 
+SMALL = 0.1  # beta, relative to what was taken out of a product, below which two passes of Gram-Schmidt are not enough
 SAFE = 10.0  # multiples of the round-off unit at which a number counts as zero
 
 
@@ -64,8 +65,8 @@ class Krylov:
         """One product: T gains a row and a column, the basis the next vector (if there is one)."""
         j = self.size
         w = self.op @ self.basis[j]
-        w, _ = orthogonalise(self.op, self.deflated, w)
         w, coefficients = orthogonalise(self.op, self.basis[: j + 1], w)
+        w, _ = orthogonalise(self.op, self.deflated, w)  # last: what round-off has left of them in the basis would grow from step to step
         self.T[: j + 1, j] = self.T[j, : j + 1] = coefficients.cpu()
         self.size = j + 1
         self.beta = float(self.op.space.norm(w))
@@ -73,8 +74,9 @@ class Krylov:
         if not self.exhausted:
             self.log_betas += math.log(self.beta)
             w = w / self.beta
-            w, _ = orthogonalise(self.op, self.deflated, w)  # a small beta magnifies what was left of them
-            w, _ = orthogonalise(self.op, self.basis[: j + 1], w)
+            if self.beta < SMALL * float(coefficients.norm()):  # it magnifies what was left of the others
+                w, _ = orthogonalise(self.op, self.deflated, w)
+                w, _ = orthogonalise(self.op, self.basis[: j + 1], w)
             self.basis[j + 1] = w / float(self.op.space.norm(w))
 
     @property

@@ -15,7 +15,7 @@ from ..errors import OutOfBudget
 from ..results import Estimate
 from .checkpoints import State
 from .operator import LinearOperator
-from .remainder import COLUMNS, MOST, more_forms, no_forms, remainder_moments, worth_a_vector
+from .remainder import COLUMNS, MOST, Deflation, more_forms, no_forms, remainder_moments, worth_a_vector
 from .runs import PILOTS, Runs, vectors_that_fit
 from .search import CONFIDENT, Goal
 from .trace_methods import grow, moments, start_state
@@ -46,6 +46,7 @@ class OnePass:
         op.products += self.products
         self.trace = Estimate(value=math.nan)
         self.expected = 0
+        self.out: Deflation | None = None
 
     def state(self) -> State:
         """For a checkpoint."""
@@ -77,12 +78,17 @@ class OnePass:
         if self.products >= self.room // 2:
             self._next()
             return
-        if runs.size >= max(runs.capacity - STARTS * STEPS, min(2 * (self.k + 1) + 5, runs.capacity)):
+        if runs.size >= self._room_for_ends():
             if len(runs.each) > 1 or runs.last.size <= 2 * (self.k + 1):
                 self._next()
                 return
             runs.last.compress(self._survivors())
         runs.step()
+
+    def _room_for_ends(self) -> int:
+        """Vectors of the basis that the first phase may take; the starts need theirs, unless all of the space has a place."""
+        capacity = self.runs.capacity
+        return capacity if capacity >= self.op.size else max(capacity - STARTS * STEPS, min(2 * (self.k + 1) + 5, capacity))
 
     def _ends_met(self) -> bool:
         runs = self.runs
@@ -128,7 +134,8 @@ class OnePass:
         """Forms on what is left, until the trace's interval is as short as asked; all columns instead, where that is cheaper."""
         drawn, complete = len(self.forms["forms"]), self.runs.size >= self.op.size
         if complete:
-            self.trace = Estimate(value=float(self.runs.captured[0]), products=self.products, label="trace")
+            rounding = 4 * torch.finfo(self.op.dtype).eps * float(self.runs.union()[0].abs().sum())
+            self.trace = Estimate(value=self.runs.captured, sem=rounding, products=self.products, label="trace")
             self.phase = "done"
             return
         if drawn >= max(self.look, COLUMNS):
@@ -138,16 +145,16 @@ class OnePass:
             return
         if count < 1:
             if not drawn:
-                self.trace = Estimate(value=float(self.runs.captured[0]), sem=math.inf, products=self.products, status="budget-limited", label="trace")
+                self.trace = Estimate(value=self.runs.captured, sem=math.inf, products=self.products, status="budget-limited", label="trace")
             else:
                 self._judge(drawn)
             self.phase = "done"
             return
-        self.forms = self.forms | more_forms(self.op, self.runs.rows, self.forms, count, self.seed)
+        self.forms = self.forms | more_forms(self.op, self._deflation(), self.forms, count, self.seed)
 
     def _judge(self, drawn: int) -> None:
         """The trace as it stands, and when to look again."""
-        now = remainder_moments(self.op, self.runs, self.forms)
+        now = remainder_moments(self.op, self._deflation(), self.forms)
         status, need = judge(now, "krylov", self.rel_error, self.products, drawn)
         self.trace = Estimate(value=now.value, sem=now.sem, dof=now.dof, skew=now.skew, products=self.products, status=status, label="trace")
         self.expected = math.ceil(min(need, self.room))
@@ -157,6 +164,10 @@ class OnePass:
             self.phase = "done"
         elif wanted >= self.op.size and self.products + self.op.size <= self.room:
             self.phase = "columns"
+
+    def _deflation(self) -> Deflation:
+        self.out = self.out or Deflation(*self.runs.deflation())
+        return self.out
 
     def _columns(self) -> None:
         """The trace exactly, from columns of the identity."""
@@ -175,8 +186,8 @@ class OnePass:
         r"""Estimate of $\|A\|_F^2$, from the runs and the forms; NaN where the forms were drawn part by part."""
         if self.op.has_parts or not len(self.forms["forms"]):
             return math.nan
-        known = sum(float((run.T[: run.size, : run.size] ** 2).sum()) + 2 * run.beta**2 for run in self.runs.each if run.size)
-        return known + float(self.forms["squares"].mean())
+        values, _, residuals = self.runs.union()
+        return float((values**2 + 2 * residuals**2).sum()) + float(self.forms["squares"].mean())
 
     # -- judgements -----------------------------------------------------------------------------------------------------------
 

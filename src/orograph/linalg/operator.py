@@ -89,7 +89,8 @@ class Space:
 
     def samples(self, seed: int, indices: range, kind: SampleKind) -> Tensor:
         """The samples `indices` as columns (n, len(indices))."""
-        return torch.stack([self.sample(seed, index, kind) for index in indices], dim=1)
+        rows = torch.stack([self.sample(seed, index, kind) for index in indices])
+        return rows.T if len(rows) > 1 else rows.reshape(-1, 1)  # each sample in one piece of memory, with the strides of a column
 
 
 class LinearOperator:

@@ -8,6 +8,7 @@ less wherever parts agree, at the price of the same product.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,23 +31,34 @@ def no_forms() -> State:
     return {"forms": none, "tangents": none, "squares": none}
 
 
-def more_forms(op: LinearOperator, rows: Tensor, state: State, count: int, seed: int) -> State:
-    """`count` further forms on the complement of the orthonormal `rows` (m, n), at one product each."""
-    drawn = len(state["forms"])
+@dataclass(frozen=True)
+class Deflation:
+    """What is known exactly: orthonormal rows Y (r, n), the trace on their span, and the size that its rounding is relative to."""
+
+    rows: Tensor
+    trace: float
+    magnitude: float
+
+
+def more_forms(op: LinearOperator, out: Deflation, state: State, count: int, seed: int) -> State:
+    """`count` further forms on the complement of what is taken out, at one product each."""
+    drawn, rows = len(state["forms"]), out.rows
     dimension = op.size - len(rows)
     totals = {name: torch.zeros(count, dtype=torch.float64) for name in ("forms", "tangents", "squares")}
-    given: list[Tensor] = []
+    given: list[Tensor] = []  # the vectors of the part at work, and their squared norms
 
     def vectors(part: int) -> Tensor:
         indices = range(drawn + part * PART_STRIDE, drawn + part * PART_STRIDE + count)
-        given[:] = [without(op, rows, op.space.samples(seed, indices, "sphere"))]
-        return given[0]
+        V = op.space.samples(seed, indices, "sphere")
+        along = op.space.inner(rows.T, V).reshape(len(rows), count)
+        X = (V.T - along.T.to(op.dtype) @ rows).T if len(rows) else V  # each vector in one piece of memory
+        given[:] = [X, op.size - (along**2).sum(dim=0).cpu()]
+        return X
 
     for image in op.apart(vectors):
-        X = given[0]
-        stretch = dimension / dots(op, X, X)
+        stretch = dimension / given[1]
         inside = op.space.inner(rows.T, image).reshape(len(rows), count).cpu()
-        forms = stretch * dots(op, X, image)
+        forms = stretch * dots(op, given[0], image)
         squares = (stretch * (dots(op, image, image) - (inside**2).sum(dim=0))).clamp_min(0.0)
         totals["forms"] += forms
         totals["tangents"] += (squares - forms**2 / dimension).clamp_min(0.0)
@@ -54,17 +66,11 @@ def more_forms(op: LinearOperator, rows: Tensor, state: State, count: int, seed:
     return {name: torch.cat([state[name], total]) for name, total in totals.items()}
 
 
-def remainder_moments(op: LinearOperator, runs: Runs | None, state: State) -> Moments:
+def remainder_moments(op: LinearOperator, out: Deflation, state: State) -> Moments:
     """The trace of A and the spread of its error."""
-    captured, magnitude = runs.captured.tolist() if runs is not None and runs.each else (0.0, 0.0)
     epsilon = max(ROUNDINGS * torch.finfo(op.dtype).eps, excess_noise(op))
-    noise = epsilon * (magnitude + float(state["squares"].mean().sqrt()))
-    return spread(captured + state["forms"], state["tangents"], 1.0, noise)
-
-
-def without(op: LinearOperator, rows: Tensor, V: Tensor) -> Tensor:
-    """Columns (n, k) without their part in the span of the orthonormal `rows`."""
-    return V - rows.T @ op.space.inner(rows.T, V).reshape(len(rows), -1).to(op.dtype) if len(rows) else V
+    noise = epsilon * (out.magnitude + float(state["squares"].mean().sqrt()))
+    return spread(out.trace + state["forms"], state["tangents"], 1.0, noise)
 
 
 def worth_a_vector(runs: Runs, target: Callable[[float], float], left: int) -> bool:
@@ -88,6 +94,7 @@ class KrylovTrace:
         capacity = min(max_products // 2, MOST, max(op.size - 2, 0), vectors_that_fit(op, 5 * COLUMNS))
         self.runs = Runs(op, capacity) if state is None else Runs.resumed(op, capacity, state)
         self.closed = state is not None and bool(state["closed"])
+        self.out: Deflation | None = None
 
     def grow(self, state: State, budget: int) -> State | None:
         """The state after one more vector in the basis, or a few more forms; None if `budget` is spent."""
@@ -101,7 +108,8 @@ class KrylovTrace:
             count = min(COLUMNS, max(budget, min(least, self.room)) - spent)
             if count < 1:
                 return None
-            state = state | more_forms(self.op, self.runs.rows, state, count, self.seed)
+            self.out = self.out or Deflation(*self.runs.deflation())
+            state = state | more_forms(self.op, self.out, state, count, self.seed)
         gone = {"products": state["products"] + (self.op.products - before), "closed": torch.tensor(self.closed)}
         return state | self.runs.state() | gone
 
@@ -119,7 +127,7 @@ class KrylovTrace:
 
     def moments(self, state: State) -> Moments:
         """What the state says of the trace."""
-        return remainder_moments(self.op, self.runs, state)
+        return remainder_moments(self.op, self.out or Deflation(*self.runs.deflation()), state)
 
     def _target(self, trace: float) -> float:
         return self.rel_error * abs(trace) if self.rel_error is not None else 0.0

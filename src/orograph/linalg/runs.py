@@ -19,6 +19,7 @@ from .operator import LinearOperator
 
 START_STREAM, PILOT_STREAM = -(1 << 40), -(1 << 41)  # indices of samples that nothing else uses
 PILOTS = 4
+FEW, LEFT_IN = 20, 0.05  # rows up to which all are taken out; beyond, the share of the variance that may be left in to save rows
 
 
 @dataclass
@@ -77,11 +78,9 @@ class Runs:
         return alive
 
     @property
-    def captured(self) -> Tensor:
-        """tr Q'AQ, and the sum of the Ritz values' magnitudes that its rounding is relative to: (2,)."""
-        parts = [run.T[: run.size, : run.size] for run in self.each]
-        trace = sum(float(torch.trace(T)) for T in parts)
-        return torch.tensor([trace, sum(float(torch.linalg.eigvalsh(T).abs().sum()) for T in parts if len(T))], dtype=torch.float64)
+    def captured(self) -> float:
+        """tr Q'AQ."""
+        return sum(float(torch.trace(run.T[: run.size, : run.size])) for run in self.each)
 
     def union(self, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values of the joint basis (m,) ascending, their coefficients (m, m), and bounds on their residuals (m,); of the first `count` runs."""
@@ -129,7 +128,22 @@ class Runs:
         forms = stretch * (V.double() * D.double()).sum(dim=0)
         left = stretch * (D.double() ** 2).sum(dim=0) - forms**2 / dimension
         rest = float(forms.mean())
-        return float(self.captured[0]) + rest, rest / dimension, max(float(left.mean()), 0.0)
+        return self.captured + rest, rest / dimension, max(float(left.mean()), 0.0)
+
+    def deflation(self) -> tuple[Tensor, float, float]:
+        r"""Orthonormal rows Y (r, n) to take out, tr Y A Y', and the sum of |Ritz values| that rounding is relative to.
+
+        All Ritz vectors but those that add next to nothing to $\|P A P\|_F^2$ when they are left in: every row costs algebra.
+        """
+        values, coefficients, residuals = self.union()
+        kept = torch.ones(len(values), dtype=torch.bool)
+        if self.pilots is not None and len(values) > FEW:
+            _, mean, square = self.remainder()
+            share = (values - mean) ** 2 + 2 * residuals**2
+            order = share.argsort()
+            kept[order[share[order].cumsum(0) <= LEFT_IN * square]] = False
+        rows = self.rows if bool(kept.all()) else coefficients[:, kept].T.to(self.op.device, self.op.dtype) @ self.rows
+        return rows, float(values[kept].sum()), float(values[kept].abs().sum())
 
     def gain(self, mean: float) -> float:
         r"""How much one more vector takes off $\|P A P - \mu P\|_F^2$: $(\alpha - \mu)^2 + 2 \beta^2$, averaged over the last five."""

@@ -56,9 +56,9 @@ def trace(
         state = _start(op, kind, max_products) if found is None else _placed(found, op)
         krylov = KrylovTrace(op, seed, rel_error, max_products, found) if KINDS[int(state["kind"])] == "krylov" else None
         expected = max_products if rel_error is None else FIRST
-        budget = FIRST if rel_error is not None else max_products
         while True:
             kind = KINDS[int(state["kind"])]
+            budget = int(state["look"]) if rel_error is not None else max_products  # in the state: a resumed job looks where it would have looked
             limit = max_products if kind == "exact" else min(budget, max_products)
             while (grown := krylov.grow(state, limit) if krylov is not None and kind == "krylov" else grow(op, kind, state, limit, seed)) is not None:
                 state = grown
@@ -72,9 +72,11 @@ def trace(
             expected = math.ceil(min(need, max_products))
             report(spent, max(expected, spent), f"{now.value:.4g} ± {half_width(now):.2g}")
             budget = min(math.ceil(min(max(1.02 * need, GROWTH[0] * spent), GROWTH[1] * spent)), max_products)
+            state = state | {"look": torch.tensor(budget)}
             if max(need, budget) >= op.size and spent + op.size <= max_products:
                 state = {**_start(op, "exact", max_products), "products": state["products"]}
                 expected = spent + op.size
+            keep(state)
     return Estimate(value=now.value, sem=now.sem, dof=now.dof, skew=now.skew, products=spent, status=status, label="trace")
 
 
@@ -117,10 +119,11 @@ def _exact_diagonal(op: LinearOperator) -> Estimate:
 
 
 def _start(op: LinearOperator, kind: str, max_products: int) -> State:
+    shared = {"kind": torch.tensor(KINDS.index(kind)), "look": torch.tensor(FIRST)}
     if kind == "krylov":
-        return {**no_forms(), "products": torch.tensor(0), "closed": torch.tensor(False), "kind": torch.tensor(KINDS.index(kind))}
+        return {**no_forms(), "products": torch.tensor(0), "closed": torch.tensor(False), **shared}
     sketch = min(max_products // 3, _vectors(op) // 4)  # basis, residuals of as many forms, and room to join them
-    return {**start_state(op, kind, sketch), "kind": torch.tensor(KINDS.index(kind))}
+    return {**start_state(op, kind, sketch), **shared}
 
 
 def _placed(state: State, op: LinearOperator) -> State:
