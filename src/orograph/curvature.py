@@ -16,7 +16,7 @@ from .layout import select_names
 from .linalg.operator import NOISE, LinearOperator, Space
 from .memory import memory_budget
 from .objective import Objective
-from .preflight import ProductWrong, Verdict, preflight
+from .preflight import EXAMPLES, ProductWrong, Verdict, preflight
 from .products.choice import Engine, Kind, choose_plan, matmat_of
 from .products.difference import Difference, hessian_difference, sandwich_difference
 from .products.gauss_newton import OutputCurvature, loss_hessian, sandwich_of
@@ -132,13 +132,13 @@ def _operator(objective: Objective, kind: Kind, curvature: OutputCurvature | Non
     verdict = Verdict("skipped")
     if check:
         try:
-            verdict = preflight(objective, partial(matmat_of, replace(plan, keep=0, examples=None), kind), curvature)
+            verdict = preflight(objective, partial(matmat_of, replace(plan, keep=0, examples=None), kind), curvature, plan.proof)
         except ProductWrong as error:
             if engine != "auto" or plan.build is None:
                 raise
             note = f"by finite differences, since autograd's second derivative is wrong: {str(error).split(' Pass check=False')[0]}"
             plan = replace(choose_plan(objective, kind, "difference", budget), note=note)
-            verdict = preflight(objective, partial(matmat_of, plan, kind), curvature)
+            verdict = preflight(objective, partial(matmat_of, plan, kind), curvature, EXAMPLES)
     matmat = matmat_of(plan, kind, objective)
     if plan.note:
         warnings.warn(f"products are computed {plan.note}", OrographWarning, stacklevel=4)

@@ -42,6 +42,11 @@ def memory_budget(memory: int | str | None, device: torch.device) -> int:
     return size
 
 
+def size_text(count: float) -> str:
+    """Bytes as people read them."""
+    return f"{count / 2**30:.2g} GiB" if count >= 2**28 else f"{count / 2**20:.3g} MiB"
+
+
 class Meter(TorchDispatchMode):
     """Bytes of the tensors made inside, as long as they live: `live` now, `peak` at the worst. Works on any device, backward passes included."""
 

@@ -45,13 +45,14 @@ class ProductWrong(PreflightFailed):
     """The gradient is right, and the product is not what its differences say."""
 
 
-def preflight(objective: Objective, matmat_of: Callable[[Objective], Matmat], curvature: OutputCurvature | None) -> Verdict:
+def preflight(objective: Objective, matmat_of: Callable[[Objective], Matmat], curvature: OutputCurvature | None, most: int = EXAMPLES) -> Verdict:
     """Prove the products that `matmat_of(objective)` makes: Hessian products, or J'CJ products with `curvature` C in output space.
 
     "proven", or "unverified: why". Raises PreflightFailed where differences at several steps agree with each other and not with
-    the gradient, ProductWrong where they do not with the product. Two products and four gradients of a few examples, where all is well.
+    the gradient, ProductWrong where they do not with the product. Two products and four gradients of a few examples, `most` of them,
+    where all is well.
     """
-    count = few_enough(objective)
+    count = max(min(few_enough(objective), most), 1)
     try:
         small = on_few(objective, count, double=True)
         direction = _direction(small)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OutOfBudget
+from ..memory import size_text
 from ..progress import Progress, progress_bar
 from ..results import Density
 from .checkpoints import State, checkpointing, job_description
@@ -48,7 +49,7 @@ def spectral_density(
     steps = min(steps, op.size)
     need = (steps + 1 + MOST_ATOMS) * op.size * torch.finfo(op.dtype).bits // 8
     if need > op.memory:
-        raise OutOfBudget(f"spectral_density(steps={steps}) needs {need / 2**30:.2f} GiB for its basis, the budget is {op.memory / 2**30:.2f} GiB. Use fewer steps or give the operator a larger memory=.")
+        raise OutOfBudget(f"spectral_density(steps={steps}) needs {size_text(need)} for its basis, the budget is {size_text(op.memory)}. Use fewer steps or give the operator a larger memory=.")
     before = op.products
     job = job_description(op, checkpoint, what="density", samples=num_samples, steps=steps, seed=seed)
     with checkpointing(checkpoint, job) as (found, keep), progress_bar(progress, "spectral density") as report:

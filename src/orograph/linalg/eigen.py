@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OutOfBudget
+from ..memory import size_text
 from ..progress import Progress, progress_bar
 from ..results import Eigenpairs, Status, worst_status
 from .operator import LinearOperator, in_full_precision
@@ -86,8 +87,8 @@ def _capacity(op: LinearOperator, goal: Goal) -> int:
     fits = op.memory // item // 2 - 3 * goal.count  # a restart holds two bases; locked pairs and their images come on top
     least = min(op.size, goal.count + 3)
     if fits < least:
-        need = 2 * (least + 3 * goal.count) * item / 2**30
-        raise OutOfBudget(f"eigenpairs(k={goal.k}) needs at least {need:.2f} GiB for its basis, the budget is {op.memory / 2**30:.2f} GiB. Ask for fewer pairs or give the operator a larger memory=.")
+        need = 2 * (least + 3 * goal.count) * item
+        raise OutOfBudget(f"eigenpairs(k={goal.k}) needs at least {size_text(need)} for its basis, the budget is {size_text(op.memory)}. Ask for fewer pairs or give the operator a larger memory=.")
     return max(least, min(op.size, fits, 2 * goal.count + 200))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OutOfBudget
+from ..memory import size_text
 from ..results import Estimate
 from .checkpoints import State
 from .operator import LinearOperator
@@ -36,7 +37,7 @@ class OnePass:
         if capacity < min(op.size, 2 * (k + 1) + STEPS + 5):
             raise OutOfBudget(
                 f"spectrum(k={k}) keeps at least {2 * (k + 1) + STEPS + 5} vectors beside those of a product, and {capacity} of {op.size} entries fit into what is left "
-                f"of the operator's memory, {op.memory / 2**30:.2g} GiB. Ask for fewer pairs, use eigenpairs and trace, or give the operator a larger memory=."
+                f"of the operator's memory, {size_text(op.memory)}. Ask for fewer pairs, use eigenpairs and trace, or give the operator a larger memory=."
             )
         self.runs = Runs(op, capacity) if state is None else Runs.resumed(op, capacity, state)
         self.forms = no_forms() if state is None else {name: state[name] for name in (*no_forms(), "total", "drawn") if name in state}

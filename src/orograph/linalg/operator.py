@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OrographError, OutOfBudget
-from ..memory import memory_budget
+from ..memory import memory_budget, size_text
 
 SampleKind = Literal["normal", "rademacher", "sphere"]
 Matmat = Callable[[Tensor], Tensor]  # (n, k) -> (n, k)
@@ -182,7 +182,7 @@ class LinearOperator:
         need = 3 * self.size**2 * torch.finfo(self.dtype).bits // 8
         if need > self.memory:
             raise OutOfBudget(
-                f"op.dense() of size {self.size} needs about {need / 2**30:.1f} GiB, the budget is {self.memory / 2**30:.1f} GiB. "
+                f"op.dense() of size {self.size} needs about {size_text(need)}, the budget is {size_text(self.memory)}. "
                 f"Use eigenpairs, trace or spectral_density, or give the operator a larger memory=."
             )
         identity = torch.eye(self.size, dtype=self.dtype, device=self.device)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..errors import OutOfBudget
+from ..memory import size_text
 from ..progress import Progress, progress_bar
 from ..results import Estimate, Status
 from .checkpoints import State, checkpointing, job_description
@@ -145,10 +146,10 @@ def _choose(op: LinearOperator, method: Method, rel_error: float | None, max_pro
     room, needed = _vectors(op), 3 * (max_products // 2)  # Q, A Q and one of them again
     least = needed if method == "xtrace" else 4 if method == "hutch++" else 0
     if least > room:
-        gib = (least + 2 * BATCH) * op.size * torch.finfo(op.dtype).bits / 8 / 2**30
+        need = (least + 2 * BATCH) * op.size * torch.finfo(op.dtype).bits / 8
         raise OutOfBudget(
             f"trace(method={method!r}, max_products={max_products}) keeps {least} vectors of {op.size} entries beside those of a product, "
-            f"{gib:.2g} GiB in all; the operator's memory is {op.memory / 2**30:.2g} GiB. "
+            f"{size_text(need)} in all; the operator's memory is {size_text(op.memory)}. "
             f'Use method="auto" or fewer max_products, or give the operator a larger memory=.'
         )
     return method

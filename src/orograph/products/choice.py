@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import NotDifferentiable, OutOfBudget
 from ..linalg.operator import Matmat
-from ..memory import Meter
+from ..memory import Meter, size_text
 from ..objective import Objective
 from ..variants import in_pieces, on_few
 from .blockwise import blockwise_of, find_chain
@@ -23,7 +23,7 @@ from .sweeps import Build, Sweep
 Engine = Literal["auto", "retained", "fresh", "blockwise", "difference"]
 ALL = sys.maxsize
 MARGIN = 1.2  # on measured bytes: shapes may differ from batch to batch
-RESERVE = 30  # vectors that a basis gets before graphs are kept
+RESERVE = (16, 30)  # vectors that a basis gets before graphs do: at least, and at most
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Plan:
     examples: int | None = None  # in a micro-batch; None: the batches as they are
     bytes: int = 0
     note: str = ""
+    proof: int = 1  # examples whose products in float64 fit too
 
     @property
     def about(self) -> dict[str, Any]:
@@ -64,34 +65,39 @@ def choose_plan(objective: Objective, kind: Kind, engine: Engine, budget: int) -
     """The plan for an engine asked for by name, or the fastest that fits. OutOfBudget says the least that is needed."""
     try:
         if engine == "blockwise":
-            return _fitting(objective, "blockwise", _chained(objective), _cost(objective, _chained(objective)), budget)
+            return _fitting(objective, "blockwise", _chained(objective), _cost(objective, _chained(objective), budget), budget)
         if engine == "difference":
             return _difference(objective, kind, budget, "")
-        cost = _cost(objective, kind.build)
+        cost = _cost(objective, kind.build, budget)
     except NotDifferentiable as error:
         if engine != "auto":
             raise
         return _difference(objective, kind, budget, f"by finite differences: {str(error).split(' Use engine=')[0]}")
+    proof = cost.examples_within(budget // 3)
     if engine == "fresh":
-        return _must_fit(Plan("fresh", kind.build, bytes=int(cost.fresh)), budget)
+        return _must_fit(Plan("fresh", kind.build, bytes=int(cost.fresh), proof=proof), budget)
     if engine == "retained":
-        return _must_fit(Plan("retained", kind.build, ALL, bytes=int(cost.retained(ALL))), budget)
-    return _fastest(objective, kind, cost, budget)
+        return _must_fit(Plan("retained", kind.build, ALL, bytes=int(cost.retained(ALL)), proof=proof), budget)
+    plan = _fastest(objective, kind, cost, budget)
+    return replace(plan, proof=proof) if plan.engine in ("fresh", "retained") else plan
 
 
 def _fastest(objective: Objective, kind: Kind, cost: _Cost, budget: int) -> Plan:
-    room = budget - min(budget // 2, RESERVE * objective.size * objective.theta.element_size())
+    vector = objective.size * objective.theta.element_size()
+    room = budget - min(max(budget // 2, RESERVE[0] * vector), RESERVE[1] * vector)
     if cost.retained(ALL) <= room:
         return Plan("retained", kind.build, ALL, bytes=int(cost.retained(ALL)))
     keep = max((k for k in range(len(cost.elements)) if cost.retained(k) <= room), default=0) if objective.terms().batches.repeats else 0
     if keep:
         return Plan("retained", kind.build, keep, bytes=int(cost.retained(keep)))
-    try:
-        return _fitting(objective, "fresh", kind.build, cost, room)
-    except OutOfBudget:
-        if kind.blocks and find_chain(objective) is not None:
-            return _fitting(objective, "blockwise", _chained(objective), _cost(objective, _chained(objective)), room)
-        return _difference(objective, kind, room, "by finite differences: one example's second-order graph does not fit the memory budget")
+    for left in (room, budget - RESERVE[0] * vector):
+        try:
+            return _fitting(objective, "fresh", kind.build, cost, left)
+        except OutOfBudget:
+            continue
+    if kind.blocks and find_chain(objective) is not None:
+        return _fitting(objective, "blockwise", _chained(objective), _cost(objective, _chained(objective), budget), room)
+    return _difference(objective, kind, room, "by finite differences: one example's second-order graph does not fit the memory budget")
 
 
 @dataclass(frozen=True)
@@ -129,11 +135,13 @@ class _Cost:
         return MARGIN * (line[0] + line[1] * elements)
 
 
-def _cost(objective: Objective, build: Build) -> _Cost:
+def _cost(objective: Objective, build: Build, budget: int) -> _Cost:
     """Measured on micro-batches of one and two examples, or on a whole batch where batches must not be cut."""
     reading = objective.terms().batches.reading
     vectors = 4.0 * objective.size * objective.theta.element_size()  # the column, its sum in float64, the result
-    tried = [_measured(on_few(objective, count, double=False), build) for count in ((1, 2) if objective.divisible else (1,))]
+    tried = [_measured(on_few(objective, 1, double=False), build)]
+    if objective.divisible and 2 * tried[0][2] <= budget:  # the trial keeps to the budget too
+        tried.append(_measured(on_few(objective, 2, double=False), build))
     (e1, held1, peak1), (e2, held2, peak2) = tried[0], tried[-1]
     if e2 > e1:
         held, peak = (held2 - held1) / (e2 - e1), (peak2 - peak1) / (e2 - e1)
@@ -163,14 +171,14 @@ def _fitting(objective: Objective, engine: str, build: Build, cost: _Cost, room:
         return Plan(engine, build, bytes=int(cost.fresh))
     examples = cost.examples_within(room) if objective.divisible else 0
     if examples < 1:
-        raise OutOfBudget(f"a product of one example takes about {_size(cost.smallest())}, and {_size(room)} are left for it. Give the operator a larger memory=, or choose fewer params=.")
+        raise OutOfBudget(f"a product of one example takes about {size_text(cost.smallest())}, and {size_text(room)} are left for it. Give the operator a larger memory=, or choose fewer params=.")
     return Plan(engine, build, examples=examples, bytes=int(room))
 
 
 def _must_fit(plan: Plan, budget: int) -> Plan:
     if plan.bytes > budget:
         raise OutOfBudget(
-            f'a product with engine="{plan.engine}" takes about {_size(plan.bytes)}, and {_size(budget)} are left for it. '
+            f'a product with engine="{plan.engine}" takes about {size_text(plan.bytes)}, and {size_text(budget)} are left for it. '
             'Use engine="auto", which chooses what fits, or give the operator a larger memory=.'
         )
     return plan
@@ -186,7 +194,3 @@ def _chained(objective: Objective) -> Build:
 def _difference(objective: Objective, kind: Kind, budget: int, note: str) -> Plan:
     """Finite differences: a gradient's memory in float64 and five copies of theta."""
     return _must_fit(Plan("difference", None, bytes=10 * objective.size * objective.theta.element_size(), note=note), budget)
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.2g} GiB" if count >= 2**28 else f"{count / 2**20:.3g} MiB"
