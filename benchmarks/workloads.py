@@ -70,6 +70,6 @@ def _trained(model: nn.Module, data: Batch, optimiser: type[torch.optim.Optimize
     for _ in range(steps):
         chosen = torch.randint(0, len(data[0]), (batch,), generator=generator)
         steps_of.zero_grad()
-        F.cross_entropy(model(data[0][chosen]), data[1][chosen]).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(model(data[0][chosen]), data[1][chosen]).backward()
         steps_of.step()
     return model.eval()

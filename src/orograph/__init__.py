@@ -27,6 +27,7 @@ from .records import Record, Records, load_records, save_records
 from .registry import Subject, list_probes, measure, measure_all, probe
 from .report import write_report
 from .results import Curve, Density, Eigenpairs, Estimate, Point, Result, Spectrum, Surface, Table
+from .subsets import data_error
 
 __all__ = [
     "Curve",
@@ -52,6 +53,7 @@ __all__ = [
     "Surface",
     "Table",
     "block",
+    "data_error",
     "diagonal",
     "eigenpairs",
     "fisher",

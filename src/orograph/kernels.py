@@ -101,10 +101,11 @@ def _batch_norm(module: Any, original: Callable[[Tensor], Tensor], x: Tensor) ->
     scale = scale if module.weight is None else scale * module.weight
     shift = -module.running_mean * scale
     shift = shift if module.bias is None else shift + module.bias
-    return x * scale.view(shape) + shift.view(shape)
+    normed: Tensor = x * scale.view(shape) + shift.view(shape)
+    return normed
 
 
 def _without_cudnn(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """cuDNN's recurrent kernels have no second derivative."""
+    """CuDNN's recurrent kernels have no second derivative."""
     with torch.backends.cudnn.flags(enabled=False):
         return original(*args, **kwargs)

@@ -51,7 +51,7 @@ class Meter(TorchDispatchMode):
     """Bytes of the tensors made inside, as long as they live: `live` now, `peak` at the worst. Works on any device, backward passes included."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live, self.peak = 0, 0
         self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 

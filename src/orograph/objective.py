@@ -18,7 +18,7 @@ from .evaluation import Metric, PerExample, all_metrics, per_example, total_grad
 from .kernels import unwrapped
 from .layout import Layout
 from .linalg.operator import Space
-from .nesting import take_rows
+from .nesting import count_examples, take_rows
 from .points import copied, differs_outside, read_point, snapshot_point
 from .reading import read_terms
 from .results import Point
@@ -264,20 +264,30 @@ class Objective:
         return self.like(replace(self._snapshot, volatile=volatile), terms)
 
     def sample(self, n: int, seed: int) -> Objective:
-        """The same loss on `n` examples drawn without replacement."""
-        batches = self._terms.batches
+        """The same loss on `n` examples drawn without replacement. What that costs in certainty: `data_error`."""
         if not 1 <= n <= self.examples:
             raise ValueError(f"sample(n={n}) needs 1 <= n <= {self.examples}, the number of examples.")
+        return self._on_rows(torch.randperm(self.examples, generator=torch.Generator().manual_seed(seed))[:n])
+
+    def split(self, parts: int, seed: int) -> list[Objective]:
+        """The same loss on `parts` disjoint random subsets of (nearly) equal size, which together are the whole set."""
+        if not 2 <= parts <= self.examples:
+            raise ValueError(f"split(parts={parts}) needs 2 <= parts <= {self.examples}, the number of examples.")
+        return [self._on_rows(rows) for rows in torch.randperm(self.examples, generator=torch.Generator().manual_seed(seed)).tensor_split(parts)]
+
+    def _on_rows(self, rows: Tensor) -> Objective:
+        """The same loss on the chosen examples, in the batches that they came in."""
+        batches = self._terms.batches
         if not self.divisible:
             raise ValueError('sample() would cut batches that are part of the loss (mode="batch", from_batch_loss). Choose batches yourself: objective.on(batches).')
         if not batches.ordered:
             raise NotDeterministic("sample() needs the examples in one fixed order. Use shuffle=False.")
-        chosen = torch.randperm(self.examples, generator=torch.Generator().manual_seed(seed))[:n].sort().values
+        chosen = rows.sort().values
         parts = []
-        for (first, batch), size in zip(batches, batches.reading.sizes, strict=True):
-            rows = chosen[(chosen >= first) & (chosen < first + size)] - first
-            if len(rows):
-                parts.append(take_rows(batch, rows))
+        for first, batch in batches:
+            inside = chosen[(chosen >= first) & (chosen < first + count_examples(batch))] - first
+            if len(inside):
+                parts.append(take_rows(batch, inside))
         return self.on(parts)
 
     def state_dict(self, point: Source = None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import NotDeterministic, NotDifferentiable, OrographError, PreflightFailed
 from .linalg.operator import Matmat
@@ -137,7 +137,13 @@ def _compare(exact: Tensor, difference: Callable[[float], Tensor], grain: Callab
 
 
 def _direction(objective: Objective, index: int = 0) -> Tensor:
+    """A random unit vector; without the rows of embeddings at `padding_idx`, which torch holds constant whatever the loss says."""
     direction = objective.space.sample(0, index, "normal")
+    for name, places in objective.snapshot.slots.parameters.items():
+        for module, attribute in places:
+            row = getattr(module, "padding_idx", None)
+            if row is not None and attribute == "weight" and isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and name in objective.names:
+                direction[objective.layout[name]].view(module.num_embeddings, -1)[row] = 0.0
     return direction / float(direction.norm())
 
 

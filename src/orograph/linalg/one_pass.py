@@ -42,8 +42,12 @@ class OnePass:
         self.runs = Runs(op, capacity) if state is None else Runs.resumed(op, capacity, state)
         self.forms = no_forms() if state is None else {name: state[name] for name in (*no_forms(), "total", "drawn") if name in state}
         numbers = [0.0, 0.0, 0.0, 1.0, 1.0, 0.0] if state is None else state["numbers"].tolist()
-        self.products, phase, self.top_took, self.missed_above, self.missed_below, self.look = int(numbers[0]), *numbers[1:]
-        self.phase: Phase = PHASES[int(phase)]
+        self.products: int = int(numbers[0])
+        self.phase: Phase = PHASES[int(numbers[1])]
+        self.top_took: float = numbers[2]  # vectors until the top had converged
+        self.missed_above: float = numbers[3]
+        self.missed_below: float = numbers[4]
+        self.look: float = numbers[5]  # forms at which the trace is judged next
         op.products += self.products
         self.trace = Estimate(value=math.nan)
         self.expected = 0

@@ -79,7 +79,7 @@ class Runs:
 
     @property
     def captured(self) -> float:
-        """tr Q'AQ."""
+        """Tr Q'AQ."""
         return sum(float(torch.trace(run.T[: run.size, : run.size])) for run in self.each)
 
     def union(self, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -77,36 +77,41 @@ def _pairs(op: LinearOperator, work: OnePass, goal: Goal, missed: float) -> Eige
 def _density(op: LinearOperator, work: OnePass, top: Eigenpairs, bottom: Eigenpairs) -> Density:
     """Atoms; and per run one row: the other Ritz values of all runs before it, and its own quadrature for what these leave."""
     runs, n = work.runs, op.size
-    atoms = _once(torch.cat([top.values[top.converged], bottom.values[bottom.converged]]), torch.cat([top.residuals[top.converged], bottom.residuals[bottom.converged]]), runs.union()[0])
-    total, squares = float(work.trace.value) - float(atoms.sum()), work.squares - float((atoms**2).sum())
-    rows = []
-    for index, run in enumerate(runs.each):
-        if not run.size or (run.restarted and len(runs.each) > 1):
-            continue
-        single = _others(runs.union(index)[0], atoms, 1e-3 * atoms.abs()) if index else atoms[:0]
-        left = n - len(atoms) - len(single)
-        values, coefficients, residuals = run.ritz()
-        if run.size + sum(other.size for other in runs.each[:index]) >= n or left < 1:  # nothing is left to guess
-            single, left = _others(runs.union(index + 1)[0], atoms, 1e-3 * atoms.abs()), 0
-        near = ((values[:, None] - atoms).abs() <= residuals[:, None] + 1e-3 * atoms.abs()).any(dim=1) if len(atoms) else torch.zeros(len(values), dtype=torch.bool)
-        places, shares = values[~near], coefficients[0, ~near] ** 2
-        if left and len(places) and float(shares.sum()) > 0:
-            target = torch.tensor([total - float(single.sum()), squares - float((single**2).sum())], dtype=torch.float64) / left
-            shares = shares / shares.sum()
-            if not math.isfinite(work.squares):
-                target[1] = shares @ places**2 - (shares @ places) ** 2 + target[0] ** 2
-            shares = match_moments(places, shares, target) * (left / n)
-        else:
-            places, shares = places[:0], shares[:0]
-        rows.append((torch.cat([single, places]), torch.cat([torch.full_like(single, 1 / n), shares]), len(single)))
+    values = runs.union()[0]
+    atoms = _once(torch.cat([top.values[top.converged], bottom.values[bottom.converged]]), torch.cat([top.residuals[top.converged], bottom.residuals[bottom.converged]]), values)
+    rows = [_row(op, work, index, atoms) for index, run in enumerate(runs.each) if run.size and not (run.restarted and len(runs.each) > 1)]
+    rows = [row for row in rows if float(row[1].sum()) > 0] or rows[:1]  # a start that has met nothing but atoms says nothing of the rest
     width = max(len(places) for places, _, _ in rows)
     nodes, weights = torch.zeros(len(rows), width, dtype=torch.float64), torch.zeros(len(rows), width, dtype=torch.float64)
-    for row, (places, shares, _) in enumerate(rows):
+    for row, (places, shares, _) in enumerate(rows):  # a shorter row is padded with nodes of weight zero
         nodes[row, : len(places)], weights[row, : len(places)] = places, shares / shares.sum().clamp(min=1e-300) * (1 - len(atoms) / n)
         nodes[row, len(places) :] = places[-1] if len(places) else 0.0
-    spread = max(float(places[singles:].max() - places[singles:].min()) if len(places) > singles else 0.0 for places, _, singles in rows[min(1, len(rows) - 1) :])
-    scale = max(float(runs.union()[0].abs().max()), torch.finfo(torch.float64).tiny)
+    bulks = [places[single:] for places, _, single in rows[min(1, len(rows) - 1) :] if len(places) > single]  # the first run's own reaches to the ends
+    spread = max((float(bulk.max() - bulk.min()) for bulk in bulks), default=0.0)
+    scale = max(float(values.abs().max()), torch.finfo(torch.float64).tiny)
     return Density(nodes=nodes, weights=weights, atoms=atoms, size=n, width=max(spread / STEPS, 1e-6 * scale), products=STARTS * STEPS)
+
+
+def _row(op: LinearOperator, work: OnePass, index: int, atoms: Tensor) -> tuple[Tensor, Tensor, int]:
+    """(nodes, weights, how many of them are single Ritz values) of one run: A is the direct sum of what earlier runs know and of what it started in."""
+    runs, n = work.runs, op.size
+    run, slack = runs.each[index], 1e-3 * atoms.abs()
+    single = _others(runs.union(index)[0], atoms, slack) if index else atoms[:0]
+    left = n - len(atoms) - len(single)
+    if sum(other.size for other in runs.each[: index + 1]) >= n or left < 1:  # nothing is left to guess
+        single, left = _others(runs.union(index + 1)[0], atoms, slack), 0
+    values, coefficients, residuals = run.ritz()
+    near = ((values[:, None] - atoms).abs() <= residuals[:, None] + slack).any(dim=1)
+    places, shares = values[~near], coefficients[0, ~near] ** 2
+    if not left or not float(shares.sum()) > 0:
+        return single, torch.full_like(single, 1 / n), len(single)
+    shares = shares / shares.sum()
+    mean = (float(work.trace.value) - float(atoms.sum()) - float(single.sum())) / left
+    square = (work.squares - float((atoms**2).sum()) - float((single**2).sum())) / left
+    if not math.isfinite(square):  # unknown: keep the run's own variance
+        square = float(shares @ places**2 - (shares @ places) ** 2) + mean**2
+    shares = match_moments(places, shares, torch.tensor([mean, square], dtype=torch.float64)) * (left / n)
+    return torch.cat([single, places]), torch.cat([torch.full_like(single, 1 / n), shares]), len(single)
 
 
 def _once(found: Tensor, residuals: Tensor, values: Tensor) -> Tensor:

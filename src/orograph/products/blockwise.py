@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from .sweeps import Parts, TermMap, differentiable_twice
 Stage = Callable[[Tensor | None], Tensor]  # x_i -> x_(i+1); the first stage takes None, the last gives the loss
 
 
-class _Stop(BaseException):  # noqa: N818 - no error: it ends a forward at a block, past any `except Exception` of the model's
+class _Stop(BaseException):
     def __init__(self, value: Tensor) -> None:
         self.value = value
 
@@ -79,7 +80,7 @@ def _is_chain(blocks: tuple[nn.Module, ...], term: Term) -> bool:
         output = term.output()
         loss = term.loss_of(output)
     tensors = all(isinstance(x, Tensor) and isinstance(y, Tensor) and x.is_floating_point() for _, x, y, _ in seen)
-    linked = all(after[1] is before[2] for before, after in zip(seen, seen[1:], strict=False))
+    linked = all(after[1] is before[2] for before, after in pairwise(seen))
     return loss.requires_grad and [entry[0] for entry in seen] == list(range(len(blocks))) and tensors and linked and not any(entry[3] for entry in seen)
 
 
@@ -165,8 +166,8 @@ def _product(stages: list[Stage], leaves: list[Tensor], direction: list[Tensor])
     for stage, (x, tangent) in zip(reversed(stages), reversed(inputs), strict=True):
         cotangent, turned, parts = _pull(stage, x, tangent, cotangent, turned, leaves, direction)
         for index, part in enumerate(parts):
-            if part is not None:
-                totals[index] = part if totals[index] is None else totals[index] + part
+            total = totals[index]
+            totals[index] = part if total is None else total if part is None else total + part
     return totals
 
 
@@ -215,5 +216,5 @@ def _pull(
     both = [a if b is None else b if a is None else a + b for a, b in zip(bent, straight, strict=True)]
     if not count:
         return None, None, both
-    back = gradient[0].detach() if gradient[0] is not None else torch.zeros_like(own)  # type: ignore[arg-type]
+    back = gradient[0].detach() if gradient[0] is not None else torch.zeros_like(variables[0])
     return back, both[0] if both[0] is not None else torch.zeros_like(back), both[1:]

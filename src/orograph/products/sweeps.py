@@ -83,7 +83,7 @@ class Sweep:
 
 
 def add_parts(objective: Objective, total: Tensor, parts: Parts, weight: float) -> None:
-    """total (n,) += weight * parts, in float64."""
+    """Total (n,) += weight * parts, in float64."""
     start = 0
     for (_, entries), part in zip(objective.layout.blocks, parts, strict=True):
         if part is not None:
