@@ -187,12 +187,14 @@ class OnePass:
         self.forms = {name: tensor for name, tensor in grown.items() if name != "products"}
 
     @property
-    def squares(self) -> float:
-        r"""Estimate of $\|A\|_F^2$, from the runs and the forms; NaN where the forms were drawn part by part."""
-        if self.op.has_parts or not len(self.forms["forms"]):
-            return math.nan
+    def moments(self) -> tuple[float, float, float, float]:
+        r"""Tr A and $\|A\|_F^2$, and the standard errors of both; NaN for the second where the forms were drawn part by part."""
+        trace, error = float(self.trace.value), float(self.trace.sem) if math.isfinite(float(self.trace.sem)) else 0.0
+        drawn = self.forms["squares"]
+        if self.op.has_parts or len(drawn) < 2:
+            return trace, math.nan, error, 0.0
         values, _, residuals = self.runs.union()
-        return float((values**2 + 2 * residuals**2).sum()) + float(self.forms["squares"].mean())
+        return trace, float((values**2 + 2 * residuals**2).sum() + drawn.mean()), error, float(drawn.std()) / math.sqrt(len(drawn))
 
     # -- judgements -----------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from .density import match_moments
 from .eigen import certified
 from .one_pass import STARTS, STEPS, OnePass
 from .operator import LinearOperator, in_full_precision
+from .runs import Runs
 from .search import Goal
 
 
@@ -53,14 +55,14 @@ def spectrum(
     top = _pairs(op, work, Goal(work.k, "largest", work.tol, op.noise), work.missed_above)
     bottom = _pairs(op, work, Goal(1, "smallest", work.tol, op.noise), work.missed_below)
     total = work.trace
-    density = _density(op, work, top, bottom)
+    density = _density(op, work, top, bottom, work.moments[:2])
     floor = max(density.width, op.noise * max(abs(float(top.values[0])), abs(float(bottom.values[0]))))
     return Spectrum(
         top=top,
         bottom=bottom,
         trace=total,
         density=density,
-        negative_mass=replace(density.mass(-torch.inf, -floor), label=f"share of eigenvalues below {-floor:.2g}"),
+        negative_mass=_negative_mass(op, work, top, bottom, density, floor),
         condition=condition_numbers(top, bottom, total, density),
         products=op.products - before,
         status=worst_status([top.status, bottom.status, total.status]),
@@ -74,12 +76,21 @@ def _pairs(op: LinearOperator, work: OnePass, goal: Goal, missed: float) -> Eige
     return certified(op, goal, chosen @ work.runs.rows, missed, float(values.abs().max()), op.products)
 
 
-def _density(op: LinearOperator, work: OnePass, top: Eigenpairs, bottom: Eigenpairs) -> Density:
+def _negative_mass(op: LinearOperator, work: OnePass, top: Eigenpairs, bottom: Eigenpairs, density: Density, floor: float) -> Estimate:
+    """Share of eigenvalues below -floor; its error is the scatter of the rows and what the errors of the moments do to all of them alike."""
+    mass = density.mass(-torch.inf, -floor)
+    trace, squares, *errors = work.moments
+    moved = [_density(op, work, top, bottom, moments).mass(-torch.inf, -floor) for moments in ((trace + errors[0], squares), (trace, squares + errors[1]))]
+    sem = math.hypot(float(mass.sem), *(float(other.value) - float(mass.value) for other in moved)) if math.isfinite(float(mass.sem)) else float(mass.sem)
+    return replace(mass, sem=sem, label=f"share of eigenvalues below {-floor:.2g}")
+
+
+def _density(op: LinearOperator, work: OnePass, top: Eigenpairs, bottom: Eigenpairs, moments: Sequence[float]) -> Density:
     """Atoms; and per run one row: the other Ritz values of all runs before it, and its own quadrature for what these leave."""
     runs, n = work.runs, op.size
     values = runs.union()[0]
     atoms = _once(torch.cat([top.values[top.converged], bottom.values[bottom.converged]]), torch.cat([top.residuals[top.converged], bottom.residuals[bottom.converged]]), values)
-    rows = [_row(op, work, index, atoms) for index, run in enumerate(runs.each) if run.size and not (run.restarted and len(runs.each) > 1)]
+    rows = [_row(op, work.runs, index, atoms, moments) for index, run in enumerate(runs.each) if run.size and not (run.restarted and len(runs.each) > 1)]
     rows = [row for row in rows if float(row[1].sum()) > 0] or rows[:1]  # a start that has met nothing but atoms says nothing of the rest
     width = max(len(places) for places, _, _ in rows)
     nodes, weights = torch.zeros(len(rows), width, dtype=torch.float64), torch.zeros(len(rows), width, dtype=torch.float64)
@@ -92,9 +103,9 @@ def _density(op: LinearOperator, work: OnePass, top: Eigenpairs, bottom: Eigenpa
     return Density(nodes=nodes, weights=weights, atoms=atoms, size=n, width=max(spread / STEPS, 1e-6 * scale), products=STARTS * STEPS)
 
 
-def _row(op: LinearOperator, work: OnePass, index: int, atoms: Tensor) -> tuple[Tensor, Tensor, int]:
+def _row(op: LinearOperator, runs: Runs, index: int, atoms: Tensor, moments: Sequence[float]) -> tuple[Tensor, Tensor, int]:
     """(nodes, weights, how many of them are single Ritz values) of one run: A is the direct sum of what earlier runs know and of what it started in."""
-    runs, n = work.runs, op.size
+    n = op.size
     run, slack = runs.each[index], 1e-3 * atoms.abs()
     single = _others(runs.union(index)[0], atoms, slack) if index else atoms[:0]
     left = n - len(atoms) - len(single)
@@ -106,8 +117,8 @@ def _row(op: LinearOperator, work: OnePass, index: int, atoms: Tensor) -> tuple[
     if not left or not float(shares.sum()) > 0:
         return single, torch.full_like(single, 1 / n), len(single)
     shares = shares / shares.sum()
-    mean = (float(work.trace.value) - float(atoms.sum()) - float(single.sum())) / left
-    square = (work.squares - float((atoms**2).sum()) - float((single**2).sum())) / left
+    mean = (moments[0] - float(atoms.sum()) - float(single.sum())) / left
+    square = (moments[1] - float((atoms**2).sum()) - float((single**2).sum())) / left
     if not math.isfinite(square):  # unknown: keep the run's own variance
         square = float(shares @ places**2 - (shares @ places) ** 2) + mean**2
     shares = match_moments(places, shares, torch.tensor([mean, square], dtype=torch.float64)) * (left / n)
