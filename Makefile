@@ -20,8 +20,13 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-bench: $(READY)
-	$(BIN)/python -m benchmarks.products
+bench: .venv/.peers
+	$(BIN)/python -m benchmarks.run
+
+# --no-deps: one of the peers asks for torchvision, which would bring another torch
+.venv/.peers: $(READY) benchmarks/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
+	@touch .venv/.peers
 
 docs: $(READY)
 	$(BIN)/pdoc --math -o build/docs orograph

@@ -17,12 +17,11 @@ from .linalg.operator import NOISE, LinearOperator, Space
 from .memory import memory_budget
 from .objective import Objective
 from .preflight import EXAMPLES, ProductWrong, Verdict, preflight
-from .products.choice import Engine, Kind, choose_plan, matmat_of
+from .products.choice import Engine, Kind, apart_of, choose_plan, matmat_of
 from .products.difference import Difference, hessian_difference, sandwich_difference
 from .products.gauss_newton import OutputCurvature, loss_hessian, sandwich_of
 from .products.likelihood import empirical_fisher, sampled_fisher
 from .products.reverse import hessian_of
-from .products.sweeps import Sweep
 
 JACOBIAN_ENGINES = ("auto", "retained", "fresh", "difference")
 HESSIAN = Kind(hessian_of, hessian_difference, blocks=True)
@@ -132,7 +131,7 @@ def _operator(objective: Objective, kind: Kind, curvature: OutputCurvature | Non
     verdict = Verdict("skipped")
     if check:
         try:
-            verdict = preflight(objective, partial(matmat_of, replace(plan, keep=0, examples=None), kind), curvature, plan.proof)
+            verdict = preflight(objective, partial(matmat_of, replace(plan, keep=0, examples=None, join=None), kind), curvature, plan.proof)
         except ProductWrong as error:
             if engine != "auto" or plan.build is None:
                 raise
@@ -147,7 +146,7 @@ def _operator(objective: Objective, kind: Kind, curvature: OutputCurvature | Non
         "mode": objective.mode, "fingerprints": objective.fingerprints(), "preflight": verdict.words, "noise": measured, "memory": budget,
     }  # fmt: skip
     noise = 10 * measured if measured > NOISE.get(space.dtype, 0.0) else 0.0  # one direction's gap; others may be worse
-    apart = matmat.apart if isinstance(matmat, Sweep) else None
+    apart = apart_of(plan, matmat, objective)
     return LinearOperator(matmat, space.size, space.dtype, space.device, space, memory=max(budget - plan.bytes, 1), noise=noise, about=about, apart=apart)
 
 

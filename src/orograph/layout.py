@@ -41,8 +41,8 @@ class Layout:
         return tuple(zip(self.names, self.sizes, strict=True))
 
     def split(self, vector: Tensor) -> list[Tensor]:
-        """Views of a flat vector (n,), one per parameter, in the parameters' shapes."""
-        return [part.view(shape) for part, shape in zip(vector.split(self.sizes), self.shapes, strict=True)]
+        """Views of a flat vector (n,), or of rows (k, n), one per parameter, in the parameters' shapes, behind k."""
+        return [part.view(*vector.shape[:-1], *shape) for part, shape in zip(vector.split(self.sizes, dim=-1), self.shapes, strict=True)]
 
     def flatten(self, tensors: Sequence[Tensor | None], like: Tensor) -> Tensor:
         """One flat vector (n,) from a tensor per parameter; None is a block of zeros. dtype and device as `like`."""

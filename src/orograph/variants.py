@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from .batches import Batches, one_batch
+from .batches import Batches, is_pair, one_batch
 from .nesting import Batch, as_double, count_examples, take_rows
 from .objective import Objective
 from .snapshots import Snapshot
@@ -33,6 +33,26 @@ def in_pieces(objective: Objective, examples: int) -> Objective:
     return _weighed(objective, objective.snapshot, objective.recipe, replace(objective.terms().batches, view=cut))
 
 
+@torch.inference_mode(False)
+def joined(objective: Objective, examples: int) -> Objective:
+    """Batches of tensor pairs put together to micro-batches of at most about `examples`; the objective itself where they are anything else."""
+    batches = objective.terms().batches
+    pairs = batches.kept or []
+    alike = {(type(batch), *((t.shape[1:], t.dtype) for t in batch)) if is_pair(batch) else None for batch in pairs}
+    if len(alike) != 1 or None in alike or len(pairs) < 2 or not objective.divisible:
+        return objective
+    groups: list[list[Batch]] = [[]]
+    for batch in pairs:
+        if groups[-1] and sum(map(count_examples, groups[-1])) + count_examples(batch) > examples:
+            groups.append([])
+        groups[-1].append(batch)
+    kept: list[Batch] = [tuple(torch.cat(parts) for parts in zip(*group, strict=True)) for group in groups]
+    sizes, elements = tuple(map(count_examples, kept)), tuple(sum(t.numel() for t in batch) for batch in kept)
+    reading = replace(batches.reading, sizes=sizes, elements=elements)
+    return _weighed(objective, objective.snapshot, objective.recipe, replace(batches, source=kept, kept=kept, reading=reading))
+
+
+@torch.inference_mode(False)
 def in_double(objective: Objective) -> Objective:
     """Weights, buffers, data and criterion in float64."""
     batches, recipe = objective.terms().batches, objective.recipe

@@ -24,7 +24,7 @@ from .traces import GROWTH, judge
 
 Phase = Literal["ends", "starts", "forms", "columns", "done"]
 PHASES: tuple[Phase, ...] = ("ends", "starts", "forms", "columns", "done")
-STARTS, STEPS = 2, 25  # further random starts, and products of each at least
+STARTS, STEPS = 2, 20  # further random starts, and products of each at least
 PATIENCE = 3  # times the products of the top that the bottom may take
 
 

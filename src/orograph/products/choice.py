@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import NotDifferentiable, OutOfBudget
-from ..linalg.operator import Matmat
+from ..linalg.operator import Apart, Matmat
 from ..memory import Meter, size_text
 from ..objective import Objective
-from ..variants import in_pieces, on_few
+from ..variants import in_pieces, joined, on_few
 from .blockwise import blockwise_of, find_chain
 from .difference import Difference
 from .sweeps import Build, Sweep
@@ -23,6 +23,8 @@ from .sweeps import Build, Sweep
 Engine = Literal["auto", "retained", "fresh", "blockwise", "difference"]
 ALL = sys.maxsize
 MARGIN = 1.2  # on measured bytes: shapes may differ from batch to batch
+SMALL, JOINED = 2**20, 2**22  # bytes of a graph that is dominated by the cost of calling operations; and of what such ones are joined to
+COLUMNS = 8  # in one backward
 RESERVE = (16, 30)  # vectors that a basis gets before graphs do: at least, and at most
 
 
@@ -43,6 +45,8 @@ class Plan:
     build: Build | None
     keep: int = 0
     examples: int | None = None  # in a micro-batch; None: the batches as they are
+    join: int | None = None  # small batches are put together to micro-batches of this many
+    together: bool = False  # several columns in one backward
     bytes: int = 0
     note: str = ""
     proof: int = 1  # examples whose products in float64 fit too
@@ -51,14 +55,23 @@ class Plan:
     def about(self) -> dict[str, Any]:
         """For the record."""
         kept = {} if self.keep in (0, ALL) else {"graphs_kept": self.keep}
-        return {"engine": self.engine, **kept, **({"micro_batch": self.examples} if self.examples else {}), **({"note": self.note} if self.note else {})}
+        return {"engine": self.engine, **kept, **({"joined": self.join} if self.join else {}), **({"micro_batch": self.examples} if self.examples else {}), **({"note": self.note} if self.note else {})}
 
 
 def matmat_of(plan: Plan, kind: Kind, objective: Objective) -> Matmat:
     """The products that `plan` makes of `objective`."""
     if plan.build is None:
         return kind.difference(objective)
-    return Sweep(objective if plan.examples is None else in_pieces(objective, plan.examples), plan.build, plan.keep)
+    if plan.join is not None:
+        objective = joined(objective, plan.join)
+    return Sweep(objective if plan.examples is None else in_pieces(objective, plan.examples), plan.build, plan.keep, plan.together)
+
+
+def apart_of(plan: Plan, matmat: Matmat, objective: Objective) -> Apart | None:
+    """The same matrix as a sum over the batches as they are: the more parts, the more their forms tell of the trace."""
+    if plan.join is not None and plan.build is not None:
+        return Sweep(objective, plan.build, plan.keep, plan.together).apart
+    return matmat.apart if isinstance(matmat, Sweep) else None
 
 
 def choose_plan(objective: Objective, kind: Kind, engine: Engine, budget: int) -> Plan:
@@ -86,7 +99,11 @@ def _fastest(objective: Objective, kind: Kind, cost: _Cost, budget: int) -> Plan
     vector = objective.size * objective.theta.element_size()
     room = budget - min(max(budget // 2, RESERVE[0] * vector), RESERVE[1] * vector)
     if cost.retained(ALL) <= room:
-        return Plan("retained", kind.build, ALL, bytes=int(cost.retained(ALL)))
+        plan = Plan("retained", kind.build, ALL, bytes=int(cost.retained(ALL)))
+        if cost.largest_graph <= SMALL and plan.bytes + 3 * JOINED + COLUMNS * cost.fresh <= room:
+            join = int(JOINED / max(cost.held[1] * cost.least, 1.0))
+            return replace(plan, join=join, together=kind.blocks, bytes=int(plan.bytes + 3 * JOINED + COLUMNS * cost.fresh))
+        return plan
     keep = max((k for k in range(len(cost.elements)) if cost.retained(k) <= room), default=0) if objective.terms().batches.repeats else 0
     if keep:
         return Plan("retained", kind.build, keep, bytes=int(cost.retained(keep)))
@@ -115,6 +132,11 @@ class _Cost:
         working = max(self._of(self.peak, e) - self._of(self.held, e) for e in self.elements)
         building = 0.0 if keep >= len(self.elements) else max(self._of(self.held, e) for e in self.elements[keep:])
         return kept + working + building
+
+    @property
+    def largest_graph(self) -> float:
+        """Bytes of the largest map."""
+        return max(self._of(self.held, e) for e in self.elements)
 
     @property
     def fresh(self) -> float:

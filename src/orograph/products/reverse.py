@@ -33,6 +33,6 @@ def hessian_of(objective: Objective, term: Term) -> TermMap | None:
         split = objective.layout.split(column)
         directions = [split[index].to(part.dtype) for index, part in zip(curved, parts, strict=True)]
         with differentiable_twice():
-            return torch.autograd.grad(parts, leaves, directions, retain_graph=again, allow_unused=True)
+            return torch.autograd.grad(parts, leaves, directions, retain_graph=again, allow_unused=True, is_grads_batched=column.ndim == 2)
 
     return apply

@@ -7,6 +7,7 @@ the first part, at the price of the memory that their graphs hold.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from ..objective import Objective
 from ..terms import Term
 
 Parts = Sequence[Tensor | None]  # one per leaf, None for zero
-TermMap = Callable[[Tensor, bool], Parts]  # (column (n,), whether it is used again) -> A_b column
+TermMap = Callable[[Tensor, bool], Parts]  # (column (n,), or rows (k, n) at once; whether it is used again) -> A_b column, or a row of parts for each
 Build = Callable[[Objective, Term], TermMap | None]  # None: the term does not depend on theta
 
 UNSUPPORTED = re.compile(
@@ -36,7 +37,9 @@ class Sweep:
     objective: Objective
     build: Build
     keep: int = 0
+    together: bool = False  # several columns in one backward, where a graph is so small that operations cost more than numbers
     kept: list[tuple[float, TermMap | None]] = field(default_factory=list)
+    _checked: bool = False
 
     def __call__(self, V: Tensor) -> Tensor:
         total = torch.zeros(V.shape[::-1], dtype=torch.float64, device=V.device)  # a row per column of V
@@ -57,8 +60,29 @@ class Sweep:
     def _add(self, total: Tensor, V: Tensor, weight: float, apply: TermMap | None, held: bool) -> None:
         if apply is None:
             return
+        if self.together and held and V.shape[1] > 1 and self._added_together(total, V, weight, apply):
+            return
         for column in range(V.shape[1]):
             add_parts(self.objective, total[column], apply(V[:, column].contiguous(), held or column + 1 < V.shape[1]), weight)
+
+    def _added_together(self, total: Tensor, V: Tensor, weight: float, apply: TermMap) -> bool:
+        """All columns in one backward by torch's vmap; checked on one of them, since not every operation has a right batched form."""
+        own = torch.zeros_like(total)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about operations that vmap runs one by one
+                add_parts(self.objective, own, apply(V.T.contiguous(), True), weight)
+            alone = torch.zeros_like(total[0])
+            if not self._checked:
+                add_parts(self.objective, alone, apply(V[:, 0].contiguous(), True), weight)
+                gap = float((own[0] - alone).norm())
+                self.together = gap <= 100 * torch.finfo(V.dtype).eps * float(alone.norm())
+                self._checked = True
+        except (RuntimeError, NotImplementedError, NotDifferentiable):
+            self.together = False
+        if self.together:
+            total += own
+        return self.together
 
     def _maps(self) -> Iterator[tuple[float, TermMap | None, bool]]:
         """(weight, map, whether it is kept) of every term."""
