@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-full lint types bench docs evidence-1 browser relock clean
+.PHONY: demo test test-full lint types bench docs evidence-1 evidence-2 browser relock clean
 
 demo: $(READY)
 	$(BIN)/orograph demo
@@ -33,6 +33,9 @@ docs: $(READY)
 
 evidence-1: $(READY)
 	$(BIN)/python -m evidence.certified_curvature
+
+evidence-2: .venv/.peers
+	$(BIN)/python -m evidence.right_and_fast
 
 browser: $(READY)
 	@sh tools/install-browser.sh

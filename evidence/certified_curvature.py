@@ -69,7 +69,7 @@ def digits_against_dense() -> list[Row]:
 def closed_forms() -> list[Row]:
     """Linear, logistic and softmax regression: the tests hold each to 1e-12."""
     checks = [test_curvature.test_linear_regression_is_2_xx_over_n, test_curvature.test_logistic_regression_is_x_p_1_minus_p_x_over_n, test_curvature.test_softmax_regression_is_the_kronecker_sum]
-    held = sum(_holds(partial(check, kind)) for check in checks for kind in (hessian, ggn))
+    held = sum(holds(partial(check, kind)) for check in checks for kind in (hessian, ggn))
     return [("Hessian and GGN of linear, logistic, softmax regression against closed forms", f"{held} of 6 within 1e-12", "< 1e-10", held == 6)]
 
 
@@ -80,7 +80,7 @@ def batchings() -> list[Row]:
         expected = dense_hessian(case.objective(N), case.model, case.whole)
         for size in (1, 7, 300, N):
             worst, cells = max(worst, relative(hessian(case.objective(size), check=False).dense(), expected)), cells + 1
-    pinn = sum(_holds(partial(test_objective.test_pinn_hessian_is_that_of_all_collocation_points, size)) for size in (1, 7, 300, N))
+    pinn = sum(holds(partial(test_objective.test_pinn_hessian_is_that_of_all_collocation_points, size)) for size in (1, 7, 300, N))
     name = f"batches of 1, 7, 300, all x {len(loss_cases())} losses and data (ignored tokens, dicts, tied, unused, weights ...)"
     return [
         (name, f"{cells} cells, worst {worst:.1e}", "< 1e-10", worst < 1e-10),
@@ -164,9 +164,9 @@ def density_rows() -> list[Row]:
 def snapshot_rows() -> list[Row]:
     """Operators after the user's optimiser has stepped, after .at(), with checkpointing, RNNs and BatchNorm in both modes."""
     cells = [(m, s, e) for m in test_snapshot.MODELS for s in test_snapshot.STEPS for e in ("fresh", "retained")]
-    held = sum(_holds(partial(test_snapshot.test_operator_is_still_the_snapshots_after_the_users_optimiser_has_stepped, *cell)) for cell in cells)
-    modes = sum(_holds(partial(test_snapshot.test_batchnorm_in_both_modes_is_its_own_fixed_function, mode)) for mode in ("eval", "batch"))
-    own = _holds(test_snapshot.test_users_own_pending_backward_still_works) + _holds(test_snapshot.test_pending_backward_through_checkpointing_still_works)
+    held = sum(holds(partial(test_snapshot.test_operator_is_still_the_snapshots_after_the_users_optimiser_has_stepped, *cell)) for cell in cells)
+    modes = sum(holds(partial(test_snapshot.test_batchnorm_in_both_modes_is_its_own_fixed_function, mode)) for mode in ("eval", "batch"))
+    own = holds(test_snapshot.test_users_own_pending_backward_still_works) + holds(test_snapshot.test_pending_backward_through_checkpointing_still_works)
     return [
         ("operator after optimiser steps (plain, foreach, fused) and .at(): bit for bit the snapshot's", f"{held} of {len(cells)}", "all", held == len(cells)),
         ("  BatchNorm in both modes; a pending backward of the user's", f"{modes + own} of 4", "all", modes + own == 4),
@@ -176,7 +176,7 @@ def snapshot_rows() -> list[Row]:
 def bad_input_rows() -> list[Row]:
     """Every bad input gets its one clear error and leaves the state alone."""
     with tempfile.TemporaryDirectory() as folder:
-        held = sum(_holds(partial(test_errors.test_bad_input_is_one_clear_error, name, Path(folder))) for name in test_errors.BAD)
+        held = sum(holds(partial(test_errors.test_bad_input_is_one_clear_error, name, Path(folder))) for name in test_errors.BAD)
     total = len(test_errors.BAD)
     return [("bad input: one clear error that says what to do, state untouched", f"{held} of {total} cases", ">= 30, all", held == total >= 30)]
 
@@ -197,11 +197,12 @@ def fresh_clone_rows() -> list[Row]:
     return rows
 
 
-def _holds(check: Callable[[], object]) -> bool:
+def holds(check: Callable[[], object]) -> bool:
     """Whether a test passes; the tests raise when it does not."""
     try:
         check()
-    except AssertionError:
+    except Exception as error:  # a test that breaks has not held either
+        print(f"{getattr(check, 'func', check)}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
         return False
     return True
 
