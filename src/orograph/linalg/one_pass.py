@@ -16,8 +16,8 @@ from ..memory import size_text
 from ..results import Estimate
 from .checkpoints import State
 from .operator import LinearOperator
-from .remainder import COLUMNS, MOST, Deflation, more_forms, no_forms, remainder_moments, worth_a_vector
-from .runs import PILOTS, Runs, vectors_that_fit
+from .remainder import MOST, Deflation, more_forms, no_forms, remainder_moments, worth_a_vector
+from .runs import COLUMNS, PILOTS, Runs, share_memory
 from .search import CONFIDENT, Goal
 from .trace_methods import grow, moments, start_state
 from .traces import GROWTH, judge
@@ -33,13 +33,14 @@ class OnePass:
 
     def __init__(self, op: LinearOperator, k: int, rel_error: float, max_products: int, seed: int, state: State | None) -> None:
         self.op, self.k, self.rel_error, self.room, self.seed, self.tol = op, k, rel_error, max_products - k - 1, seed, 1e-3
-        capacity = min(MOST, op.size, vectors_that_fit(op, 6 * (k + 1) + 5 * COLUMNS))
+        room = share_memory(op, min(MOST, op.size), 7 * (k + 1))
+        capacity, self.columns = room.capacity, room.columns
         if capacity < min(op.size, 2 * (k + 1) + STEPS + 5):
             raise OutOfBudget(
                 f"spectrum(k={k}) keeps at least {2 * (k + 1) + STEPS + 5} vectors beside those of a product, and {capacity} of {op.size} entries fit into what is left "
                 f"of the operator's memory, {size_text(op.memory)}. Ask for fewer pairs, use eigenpairs and trace, or give the operator a larger memory=."
             )
-        self.runs = Runs(op, capacity) if state is None else Runs.resumed(op, capacity, state)
+        self.runs = Runs(op, capacity, spare=room.spare) if state is None else Runs.resumed(op, capacity, state, spare=room.spare)
         self.forms = no_forms() if state is None else {name: state[name] for name in (*no_forms(), "total", "drawn") if name in state}
         numbers = [0.0, 0.0, 0.0, 1.0, 1.0, 0.0] if state is None else state["numbers"].tolist()
         self.products: int = int(numbers[0])
@@ -145,7 +146,7 @@ class OnePass:
             return
         if drawn >= max(self.look, COLUMNS):
             self._judge(drawn)
-        count = min(COLUMNS, max(math.ceil(self.look), COLUMNS) - drawn, self.room - self.products)
+        count = min(self.columns, max(math.ceil(self.look), COLUMNS) - drawn, self.room - self.products)
         if self.phase != "forms":
             return
         if count < 1:

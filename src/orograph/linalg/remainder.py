@@ -16,10 +16,9 @@ from torch import Tensor
 from .checkpoints import State
 from .intervals import Moments, spread
 from .operator import LinearOperator
-from .runs import Runs, vectors_that_fit
+from .runs import COLUMNS, PILOTS, Runs, share_memory
 from .trace_methods import ROUNDINGS, dots, excess_noise
 
-COLUMNS = 8  # forms per call of the operator
 LEAST = 8  # vectors before a run is judged: a random start sees the ends of the spectrum only after a few
 MOST = 400  # vectors in a basis: beyond, its own algebra costs more than products
 PART_STRIDE = 1 << 32  # between the sample indices of one part and the next
@@ -91,21 +90,22 @@ class KrylovTrace:
 
     def __init__(self, op: LinearOperator, seed: int, rel_error: float | None, max_products: int, state: State | None) -> None:
         self.op, self.seed, self.rel_error, self.room = op, seed, rel_error, max_products
-        capacity = min(max_products // 2, MOST, max(op.size - 2, 0), vectors_that_fit(op, 5 * COLUMNS))
-        self.runs = Runs(op, capacity) if state is None else Runs.resumed(op, capacity, state)
+        room = share_memory(op, min(max_products // 2, MOST, max(op.size - 2, 0)), 0)
+        self.columns = room.columns
+        self.runs = Runs(op, room.capacity, spare=room.spare) if state is None else Runs.resumed(op, room.capacity, state, spare=room.spare)
         self.closed = state is not None and bool(state["closed"])
         self.out: Deflation | None = None
 
     def grow(self, state: State, budget: int) -> State | None:
         """The state after one more vector in the basis, or a few more forms; None if `budget` is spent."""
         before, spent = self.op.products, int(state["products"])
-        if not self.closed and self.runs.pilots is None and self.runs.capacity > LEAST:
+        if not self.closed and self.runs.pilots is None and self.runs.capacity > LEAST + 2 * PILOTS:
             self.runs.watch(self.seed)
         elif not self.closed:
-            self.closed = not self._extend(self.room - spent)
+            self.closed = self.runs.pilots is None or not self._extend(self.room - spent)
         if self.op.products == before:
             least = spent - len(state["forms"]) + COLUMNS  # the basis may have taken what was meant for the first look
-            count = min(COLUMNS, max(budget, min(least, self.room)) - spent)
+            count = min(self.columns, max(budget, min(least, self.room)) - spent)
             if count < 1:
                 return None
             self.out = self.out or Deflation(*self.runs.deflation())

@@ -19,6 +19,8 @@ from .operator import LinearOperator
 
 START_STREAM, PILOT_STREAM = -(1 << 40), -(1 << 41)  # indices of samples that nothing else uses
 PILOTS = 4
+COLUMNS = 8  # forms per call of the operator
+PER_COLUMN = 9  # vectors that one of them holds at the worst: sample, projection, image, its sum in float64, copies
 FEW, LEFT_IN = 20, 0.05  # rows up to which all are taken out; beyond, the share of the variance that may be left in to save rows
 
 
@@ -31,6 +33,7 @@ class Runs:
     buffer: Tensor = field(init=False)  # (capacity + 1, n)
     each: list[Krylov] = field(default_factory=list)
     following: list[Tensor] = field(default_factory=list)  # (n,): the next vector of each run that is closed
+    spare: bool = True  # memory holds a second basis beside this one
     pilots: tuple[Tensor, Tensor] | None = None  # (n, p) vectors and their images under A, both without their parts in Q
 
     def __post_init__(self) -> None:
@@ -137,7 +140,7 @@ class Runs:
         """
         values, coefficients, residuals = self.union()
         kept = torch.ones(len(values), dtype=torch.bool)
-        if self.pilots is not None and len(values) > FEW:
+        if self.pilots is not None and self.spare and len(values) > FEW:
             _, mean, square = self.remainder()
             share = (values - mean) ** 2 + 2 * residuals**2
             order = share.argsort()
@@ -167,9 +170,9 @@ class Runs:
         return found
 
     @classmethod
-    def resumed(cls, op: LinearOperator, capacity: int, state: State) -> Runs:
+    def resumed(cls, op: LinearOperator, capacity: int, state: State, *, spare: bool = True) -> Runs:
         """From a checkpoint's state."""
-        runs = cls(op, capacity)
+        runs = cls(op, capacity, spare=spare)
         if "pilot_vectors" in state:
             runs.pilots = state["pilot_vectors"].to(op.device), state["pilot_images"].to(op.device)
         runs.buffer[: len(state["rows"])] = state["rows"].to(op.device)
@@ -188,6 +191,18 @@ class Runs:
         return runs
 
 
-def vectors_that_fit(op: LinearOperator, beside: int) -> int:
-    """How many vectors of `op` its memory holds, when `beside` others are needed at the same time."""
-    return max(op.memory // (op.size * torch.finfo(op.dtype).bits // 8) - beside, 0)
+@dataclass(frozen=True)
+class Room:
+    """How `op.memory` is shared: vectors in the basis, whether a second basis fits, and columns of a product at a time."""
+
+    capacity: int
+    spare: bool
+    columns: int
+
+
+def share_memory(op: LinearOperator, most: int, beside: int) -> Room:
+    """A basis of at most `most` vectors, when `beside` others are needed at some time, and at others a block of columns."""
+    fits = op.memory // (op.size * torch.finfo(op.dtype).bits // 8)
+    left = max(fits - max(beside, PER_COLUMN * COLUMNS), 0)
+    capacity = min(most, left)
+    return Room(capacity, left >= 2 * capacity, max(1, min(COLUMNS, (fits - capacity) // PER_COLUMN)))

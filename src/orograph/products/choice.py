@@ -25,7 +25,7 @@ ALL = sys.maxsize
 MARGIN = 1.2  # on measured bytes: shapes may differ from batch to batch
 SMALL, JOINED = 2**20, 2**22  # bytes of a graph that is dominated by the cost of calling operations; and of what such ones are joined to
 COLUMNS = 8  # in one backward
-RESERVE = (16, 30)  # vectors that a basis gets before graphs do: at least, and at most
+RESERVE = (16, 150)  # vectors that a basis gets before graphs do: at least, and at most
 
 
 @dataclass(frozen=True)
