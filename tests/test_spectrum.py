@@ -82,7 +82,7 @@ def test_network_in_parts_against_its_dense_hessian():
 def test_little_memory_restarts_and_still_finds_the_ends():
     values = SPECTRA["outliers over an indefinite bulk"]
     A = planted(values).dense()
-    need = (9 * 8 + 2 * 6 + 20 + 6) * len(values) * 8
+    need = (10 * 8 + 2 * 6 + 20 + 6) * len(values) * 8
     s = spectrum(LinearOperator(lambda V: A @ V, len(A), memory=need), k=5)
     assert relative(s.top.values, values.sort(descending=True).values[:5]) < 1e-4 and s.top.status == "converged"
     assert abs(float(s.trace.value) - float(values.sum())) < 4 * float(s.trace.sem)

@@ -152,7 +152,7 @@ def vectors(count, n):
 @pytest.mark.parametrize("room", [0, 20, 40, 200])
 def test_auto_deflates_as_far_as_memory_allows_and_stays_right(room):
     values = decay(200)
-    op = operator(values, memory=(room + 72) * 200 * 8)
+    op = operator(values, memory=(room + 80) * 200 * 8)
     estimate = trace(op, rel_error=None, max_products=60, seed=1)
     assert abs(estimate.value - float(values.sum())) < 4 * estimate.sem and estimate.products == op.products == 60
     least = trace(operator(values), method="hutchinson", rel_error=None, max_products=60, seed=1)

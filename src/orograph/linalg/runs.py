@@ -20,7 +20,7 @@ from .operator import LinearOperator
 START_STREAM, PILOT_STREAM = -(1 << 40), -(1 << 41)  # indices of samples that nothing else uses
 PILOTS = 4
 COLUMNS = 8  # forms per call of the operator
-PER_COLUMN = 9  # vectors that one of them holds at the worst: sample, projection, image, its sum in float64, copies
+PER_COLUMN = 10  # vectors that one of them holds at the worst: sample, projection, image, its sum in float64, copies
 FEW, LEFT_IN = 20, 0.05  # rows up to which all are taken out; beyond, the share of the variance that may be left in to save rows
 
 
