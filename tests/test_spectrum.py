@@ -128,6 +128,17 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(wait, tmp_path):
     assert path.exists() and run(path) == run("")
 
 
+@pytest.mark.parametrize("name", ["outliers over an indefinite bulk", "multiplicities over a bulk", "step with multiplicities"])
+def test_finished_job_read_again_is_the_same_and_goes_on_where_more_is_asked(name, tmp_path):
+    path, values = tmp_path / "s.safetensors", SPECTRA[name]
+    first = spectrum(planted(values), rel_error=0.05, checkpoint=path)
+    again = spectrum(planted(values), rel_error=0.05, checkpoint=path)
+    assert (again.trace.value, again.trace.sem, again.products) == (first.trace.value, first.trace.sem, first.products)
+    finer = spectrum(planted(values), rel_error=0.02, checkpoint=path)
+    assert finer.products >= first.products and finer.trace.sem <= first.trace.sem
+    assert abs(float(finer.trace.value) - float(values.sum())) <= 4 * float(finer.trace.sem) + 1e-9
+
+
 def test_objective_needs_no_batches_of_its_own_size():
     case = loss_cases()["cross-entropy"]
     found = [float(spectrum(hessian(Objective(case.model, case.criterion, case.data, batch_size=size)), k=2, rel_error=0.2).top.values[0]) for size in (7, 301)]

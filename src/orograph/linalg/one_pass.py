@@ -45,6 +45,8 @@ class OnePass:
         numbers = [0.0, 0.0, 0.0, 1.0, 1.0, 0.0] if state is None else state["numbers"].tolist()
         self.products: int = int(numbers[0])
         self.phase: Phase = PHASES[int(numbers[1])]
+        if self.phase == "done":  # a finished job read again: judge once more, and go on if more is asked now
+            self.phase = "columns" if "total" in self.forms else "forms"
         self.top_took: float = numbers[2]  # vectors until the top had converged
         self.missed_above: float = numbers[3]
         self.missed_below: float = numbers[4]
@@ -165,10 +167,11 @@ class OnePass:
         self.trace = Estimate(value=now.value, sem=now.sem, dof=now.dof, skew=now.skew, products=self.products, status=status, label="trace")
         self.expected = math.ceil(min(need, self.room))
         wanted = drawn + need - self.products
-        self.look = math.ceil(min(max(1.02 * wanted, GROWTH[0] * drawn), GROWTH[1] * drawn))
         if status != "budget-limited":
             self.phase = "done"
-        elif wanted >= self.op.size and self.products + self.op.size <= self.room:
+            return
+        self.look = math.ceil(min(max(1.02 * wanted, GROWTH[0] * drawn), GROWTH[1] * drawn))
+        if wanted >= self.op.size and self.products + self.op.size <= self.room:
             self.phase = "columns"
 
     def _deflation(self) -> Deflation:
