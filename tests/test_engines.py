@@ -236,6 +236,17 @@ def test_batchnorm_stand_in_is_the_same_function(mode):
         assert hessian(objective).about["preflight"] == "proven"
 
 
+def test_batchnorm_in_half_precision_stays_torchs_own():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 4, 2, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 2), nn.Flatten(), nn.Linear(16, 3))
+    model = model.to(torch.bfloat16).eval()
+    x = X.to(torch.bfloat16)
+    for mixed in (False, True):
+        if mixed:
+            model[2].float()  # statistics in single precision, as mixed-precision training keeps them
+        assert Objective(model, CE, (x, Y)).value() == float(CE(model(x), Y).detach())
+
+
 def test_compiled_modules_run_eagerly_and_stay_compiled():
     model = small_mlp()
     plain = hessian(Objective(model, CE, (X, Y)))

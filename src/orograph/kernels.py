@@ -94,8 +94,9 @@ def _forwards_replaced(model: nn.Module, device: torch.device) -> Iterator[None]
 
 def _batch_norm(module: Any, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """BatchNorm with running statistics is one multiplication and one addition; torch's kernel needs a dozen passes for its second derivative."""
-    if module.training or module.running_mean is None or x.ndim < 2:
-        return original(x)
+    plain = x.dtype in (torch.float32, torch.float64) and not module.training and module.running_mean is not None and x.ndim > 1
+    if not plain or any(tensor is not None and tensor.dtype != x.dtype for tensor in (module.running_mean, module.running_var, module.weight, module.bias)):
+        return original(x)  # in half precision, or with statistics in another one, torch's kernel rounds once, at its end
     shape = (1, -1) + (1,) * (x.ndim - 2)
     scale = (module.running_var + module.eps).rsqrt()
     scale = scale if module.weight is None else scale * module.weight
