@@ -140,7 +140,7 @@ def _operator(objective: Objective, kind: Kind, curvature: OutputCurvature | Non
             verdict = preflight(objective, partial(matmat_of, plan, kind), curvature, EXAMPLES)
     matmat = matmat_of(plan, kind, objective)
     if plan.note:
-        warnings.warn(f"products are computed {plan.note}", OrographWarning, stacklevel=4)
+        warnings.warn(f"products are computed {plan.note}", OrographWarning, stacklevel=3)
     measured = max(verdict.noise, matmat.noise if isinstance(matmat, Difference) else 0.0)
     about = about | plan.about | {
         "mode": objective.mode, "fingerprints": objective.fingerprints(), "preflight": verdict.words, "noise": measured, "memory": budget,

@@ -15,7 +15,7 @@ from ..results import Density, Eigenpairs, Estimate, Spectrum, worst_status
 from .checkpoints import checkpointing, job_description
 from .density import match_moments
 from .eigen import certified
-from .one_pass import STARTS, STEPS, OnePass
+from .one_pass import STEPS, OnePass
 from .operator import LinearOperator, in_full_precision
 from .runs import Runs
 from .search import Goal
@@ -100,7 +100,7 @@ def _density(op: LinearOperator, work: OnePass, top: Eigenpairs, bottom: Eigenpa
     bulks = [places[single:] for places, _, single in rows[min(1, len(rows) - 1) :] if len(places) > single]  # the first run's own reaches to the ends
     spread = max((float(bulk.max() - bulk.min()) for bulk in bulks), default=0.0)
     scale = max(float(values.abs().max()), torch.finfo(torch.float64).tiny)
-    return Density(nodes=nodes, weights=weights, atoms=atoms, size=n, width=max(spread / STEPS, 1e-6 * scale), products=STARTS * STEPS)
+    return Density(nodes=nodes, weights=weights, atoms=atoms, size=n, width=max(spread / STEPS, 1e-6 * scale), products=sum(run.size for run in runs.each))
 
 
 def _row(op: LinearOperator, runs: Runs, index: int, atoms: Tensor, moments: Sequence[float]) -> tuple[Tensor, Tensor, int]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nesting import tensors_in
 from ..objective import Objective
 from ..terms import Term
 from .sweeps import Parts, TermMap, differentiable_twice
@@ -70,7 +71,7 @@ def _is_chain(blocks: tuple[nn.Module, ...], term: Term) -> bool:
     def note(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(x: Any = None, *args: Any, **kwargs: Any) -> Any:
             result = original(x, *args, **kwargs)
-            others = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
+            others = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
             seen.append((index, x, result, bool(others)))
             return result
 

@@ -78,7 +78,8 @@ def choose_plan(objective: Objective, kind: Kind, engine: Engine, budget: int) -
     """The plan for an engine asked for by name, or the fastest that fits. OutOfBudget says the least that is needed."""
     try:
         if engine == "blockwise":
-            return _fitting(objective, "blockwise", _chained(objective), _cost(objective, _chained(objective), budget), budget)
+            build = _chained(objective)
+            return _fitting(objective, "blockwise", build, _cost(objective, build, budget), budget)
         if engine == "difference":
             return _difference(objective, kind, budget, "")
         cost = _cost(objective, kind.build, budget)
@@ -100,9 +101,10 @@ def _fastest(objective: Objective, kind: Kind, cost: _Cost, budget: int) -> Plan
     room = budget - min(max(budget // 2, RESERVE[0] * vector), RESERVE[1] * vector)
     if cost.retained(ALL) <= room:
         plan = Plan("retained", kind.build, ALL, bytes=int(cost.retained(ALL)))
-        if cost.largest_graph <= SMALL and plan.bytes + 3 * JOINED + COLUMNS * cost.fresh <= room:
+        more = cost.retained(ALL) + 8 * sum(cost.elements) + JOINED + COLUMNS * cost.fresh  # graphs and data once more, joined; columns together
+        if cost.largest_graph <= SMALL and plan.bytes + more <= room:
             join = int(JOINED / max(cost.held[1] * cost.least, 1.0))
-            return replace(plan, join=join, together=kind.blocks, bytes=int(plan.bytes + 3 * JOINED + COLUMNS * cost.fresh))
+            return replace(plan, join=join, together=kind.blocks, bytes=int(plan.bytes + more))
         return plan
     keep = max((k for k in range(len(cost.elements)) if cost.retained(k) <= room), default=0) if objective.terms().batches.repeats else 0
     if keep:
@@ -112,8 +114,9 @@ def _fastest(objective: Objective, kind: Kind, cost: _Cost, budget: int) -> Plan
             return _fitting(objective, "fresh", kind.build, cost, left)
         except OutOfBudget:
             continue
-    if kind.blocks and find_chain(objective) is not None:
-        return _fitting(objective, "blockwise", _chained(objective), _cost(objective, _chained(objective), budget), room)
+    if kind.blocks and (chain := find_chain(objective)) is not None:
+        build = blockwise_of(chain)
+        return _fitting(objective, "blockwise", build, _cost(objective, build, budget), room)
     return _difference(objective, kind, room, "by finite differences: one example's second-order graph does not fit the memory budget")
 
 
