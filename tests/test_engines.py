@@ -65,7 +65,22 @@ def test_every_engine_gives_the_same_gauss_newton_matrix(engine, kind):
 def test_parts_add_up_to_the_product():
     op = hessian(loss_cases()["ignored tokens, dicts"].objective(47))
     v = op.space.samples(0, range(2), "normal")
-    assert relative(sum(op.apart(lambda part: v)), op @ v) < 1e-12 and op.products == 4
+    found = []
+    op.apart(lambda part: v, found.append)
+    assert relative(sum(found), op @ v) < 1e-12 and op.products == 4
+
+
+def test_forms_that_break_off_leave_the_model_alone():
+    model = small_mlp()
+    before, training = [id(p) for p in model.parameters()], model.training
+    op = hessian(Objective(model, CE, (X, Y), batch_size=25))
+
+    def stop(image):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        op.apart(lambda part: op.space.samples(0, range(2), "normal"), stop)
+    assert [id(p) for p in model.parameters()] == before and model.training == training and caught.traceback
 
 
 # memory

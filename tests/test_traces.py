@@ -169,9 +169,9 @@ def parted(matrices, **settings):
     """The sum of some matrices as an operator that knows its parts."""
     whole = sum(matrices)
 
-    def apart(vectors):
+    def apart(vectors, take):
         for index, matrix in enumerate(matrices):
-            yield matrix @ vectors(index)
+            take(matrix @ vectors(index))
 
     return LinearOperator(lambda V: whole @ V, len(whole), apart=apart, **settings)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 
@@ -21,7 +21,7 @@ from ..memory import memory_budget, size_text
 
 SampleKind = Literal["normal", "rademacher", "sphere"]
 Matmat = Callable[[Tensor], Tensor]  # (n, k) -> (n, k)
-Apart = Callable[[Callable[[int], Tensor]], Iterator[Tensor]]  # (part b -> V_b (n, k)) -> A_b V_b of every part
+Apart = Callable[[Callable[[int], Tensor], Callable[[Tensor], None]], None]  # (part b -> V_b (n, k), what takes A_b V_b of every part)
 
 NOISE = {torch.float64: 1e-14, torch.float32: 1e-6}  # round-off of a product, relative to the operator's norm
 CHUNK = 1 << 16  # rows whose dot products are summed in the working precision before float64 takes over
@@ -156,21 +156,24 @@ class LinearOperator:
         _must_be_finite(product, columns)
         return product.reshape(V.shape)
 
-    def apart(self, vectors: Callable[[int], Tensor]) -> Iterator[Tensor]:
-        r"""A_b V_b (n, k) for every part b of $A = \sum_b A_b$, each with columns V_b = `vectors(b)` of its own.
+    def apart(self, vectors: Callable[[int], Tensor], take: Callable[[Tensor], None]) -> None:
+        r"""Call `take` with A_b V_b (n, k) for every part b of $A = \sum_b A_b$, each with columns V_b = `vectors(b)` of its own.
 
         All parts together cost k products: a vector for each part instead of one for all is free, and says more about the trace.
-        An operator that has no parts is a single one.
+        An operator that has no parts is a single one. No generator: were one left halfway, the snapshot would stay in the user's model.
         """
         if self._apart is None:
-            yield self @ vectors(0)
+            take(self @ vectors(0))
             return
-        spent = 0
-        for image in self._apart(vectors):
+        spent = [0]
+
+        def checked(image: Tensor) -> None:
             _must_be_finite(image, None)
-            spent = image.shape[1]
-            yield image.detach()
-        self.products += spent
+            spent[0] = image.shape[1]
+            take(image.detach())
+
+        self._apart(vectors, checked)
+        self.products += spent[0]
 
     @property
     def has_parts(self) -> bool:

@@ -54,7 +54,7 @@ def more_forms(op: LinearOperator, out: Deflation, state: State, count: int, see
         given[:] = [X, op.size - (along**2).sum(dim=0).cpu()]
         return X
 
-    for image in op.apart(vectors):
+    def take(image: Tensor) -> None:
         stretch = dimension / given[1]
         inside = op.space.inner(rows.T, image).reshape(len(rows), count).cpu()
         forms = stretch * dots(op, given[0], image)
@@ -62,6 +62,8 @@ def more_forms(op: LinearOperator, out: Deflation, state: State, count: int, see
         totals["forms"] += forms
         totals["tangents"] += (squares - forms**2 / dimension).clamp_min(0.0)
         totals["squares"] += squares
+
+    op.apart(vectors, take)
     return {name: torch.cat([state[name], total]) for name, total in totals.items()}
 
 

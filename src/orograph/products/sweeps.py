@@ -48,14 +48,14 @@ class Sweep:
                 self._add(total, V, weight, apply, held)
         return total.to(V.dtype).T
 
-    def apart(self, vectors: Callable[[int], Tensor]) -> Iterator[Tensor]:
-        """w_b A_b V_b (n, k) for every part b, with V_b = vectors(b) of its own: together they cost one product per column."""
+    def apart(self, vectors: Callable[[int], Tensor], take: Callable[[Tensor], None]) -> None:
+        """take(w_b A_b V_b) (n, k) for every part b, with V_b = vectors(b) of its own: together they cost one product per column."""
         with self.objective.applied():
             for index, (weight, apply, held) in enumerate(self._maps()):
                 V = vectors(index)
                 total = torch.zeros(V.shape[::-1], dtype=torch.float64, device=V.device)
                 self._add(total, V, weight, apply, held)
-                yield total.to(V.dtype).T
+                take(total.to(V.dtype).T)
 
     def _add(self, total: Tensor, V: Tensor, weight: float, apply: TermMap | None, held: bool) -> None:
         if apply is None:
