@@ -1,4 +1,4 @@
-"""Do 95 % intervals of `trace` hold? Coverage over seeds, for three spectra, three methods and two budgets."""
+"""Do 95 % intervals of `trace` hold? Coverage over seeds, for three spectra, four methods and two budgets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orograph.linalg.traces import Method, trace
 from orograph.results import Estimate
 
 SIZE = 500
-METHODS: tuple[Method, ...] = ("hutchinson", "hutch++", "xtrace")
+METHODS: tuple[Method, ...] = ("hutchinson", "hutch++", "xtrace", "auto")
 BUDGETS = (30, 100)
 SPECTRA = ("decay", "flat", "outliers")
 PART = 50  # seeds per task of a worker

@@ -165,6 +165,13 @@ def test_auto_needs_no_more_products_than_the_best_method_by_name(values):
     assert spent["auto"] <= 1.5 * min(spent[method] for method in METHODS)  # flat spectra: a few products go to finding out that they are
 
 
+@pytest.mark.parametrize("budget", [30, 60, 150])
+def test_auto_is_as_sharp_as_xtrace_on_a_small_budget(budget):
+    op = operator(torch.cat([torch.linspace(50, 3, 10), 0.05 * torch.randn(490, generator=torch.Generator().manual_seed(1))]).double())
+    half = {method: max(trace(op, method=method, rel_error=None, max_products=budget, seed=seed).sem for seed in range(3)) for method in ("auto", "xtrace", "hutchinson")}
+    assert half["auto"] <= 1.5 * half["xtrace"] and half["auto"] < 0.1 * half["hutchinson"]
+
+
 def parted(matrices, **settings):
     """The sum of some matrices as an operator that knows its parts."""
     whole = sum(matrices)

@@ -16,7 +16,7 @@ from torch import Tensor
 from .checkpoints import State
 from .intervals import Moments, spread
 from .operator import LinearOperator
-from .runs import COLUMNS, PILOTS, Runs, share_memory
+from .runs import COLUMNS, Runs, share_memory
 from .trace_methods import ROUNDINGS, dots, excess_noise
 
 LEAST = 8  # vectors before a run is judged: a random start sees the ends of the spectrum only after a few
@@ -101,7 +101,7 @@ class KrylovTrace:
     def grow(self, state: State, budget: int) -> State | None:
         """The state after one more vector in the basis, or a few more forms; None if `budget` is spent."""
         before, spent = self.op.products, int(state["products"])
-        if not self.closed and self.runs.pilots is None and self.runs.capacity > LEAST + 2 * PILOTS:
+        if not self.closed and self.runs.pilots is None and self.runs.capacity > LEAST:
             self.runs.watch(self.seed)
         elif not self.closed:
             self.closed = self.runs.pilots is None or not self._extend(self.room - spent)
