@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from tests import test_curvature, test_errors, test_objective, test_snapshot
 from tests.networks import N, loss_cases
 from tests.oracles import dense_hessian, expected_pairs, planted, planted_spectra, relative
@@ -27,13 +25,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from evidence.intervals import trace_coverage
+from evidence.tables import Row, holds, show
 from orograph import Objective, eigenpairs, ggn, hessian, spectral_density
 from orograph.linalg.lanczos import Krylov
 from orograph.studies.networks import mlp
 from orograph.studies.problems import digits
 from orograph.studies.training import train_to_loss
-
-Row = tuple[str, str, str, bool]  # claim, measured, bar, passed
 
 
 def trained_digits(dtype: torch.dtype) -> tuple[Objective, nn.Sequential]:
@@ -197,16 +194,6 @@ def fresh_clone_rows() -> list[Row]:
     return rows
 
 
-def holds(check: Callable[[], object]) -> bool:
-    """Whether a test passes; the tests raise when it does not."""
-    try:
-        check()
-    except Exception as error:  # a test that breaks has not held either
-        print(f"{getattr(check, 'func', check)}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
-        return False
-    return True
-
-
 def main() -> None:
     """Measure every row and print the table."""
     quick = "--quick" in sys.argv
@@ -215,18 +202,7 @@ def main() -> None:
     ]  # fmt: skip
     if not quick:
         sections.append(fresh_clone_rows)
-    console = Console(width=None if sys.stdout.isatty() else 170)
-    table = Table("claim", "measured", "bar", "", title="Evidence 1: from a network to certified curvature")
-    failed = 0
-    for section in sections:
-        began = time.perf_counter()
-        for claim, measured, bar, passed in section():
-            table.add_row(claim, measured, bar, "pass" if passed else "[red]FAIL[/]")
-            failed += not passed
-        name = getattr(section, "__name__", "trace intervals").replace("_", " ")
-        console.print(f"[dim]{name}: {time.perf_counter() - began:.0f} s[/]", highlight=False)
-    console.print(table)
-    sys.exit(failed > 0)
+    show("Evidence 1: from a network to certified curvature", sections)
 
 
 if __name__ == "__main__":

@@ -6,21 +6,18 @@ Run from the repository root: `make evidence-2` (about 15 minutes on 2 cores, wh
 from __future__ import annotations
 
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from benchmarks.workloads import WORKLOADS
-from rich.console import Console
-from rich.table import Table
 from tests import test_engines, test_silent, test_snapshot, test_transformers
 
 from orograph import OutOfBudget, eigenpairs, hessian, spectrum, trace
 from orograph.memory import Meter
 
-from .certified_curvature import Row, holds
+from .tables import Row, holds, show
 
 PRODUCT = {"mlp": 2.5, "cnn": 2.3, "gpt": 2.3}
 SPECTRUM = {"mlp": 0.25, "cnn": 0.5, "gpt": 0.5}
@@ -147,17 +144,7 @@ def main() -> None:
     sections: list[Callable[[], list[Row]]] = [silent_rows, alarm_rows, transformer_rows, precision_rows, parts_row, memory_rows]
     if "--quick" not in sys.argv:
         sections.insert(0, benchmark_rows)
-    console = Console(width=None if sys.stdout.isatty() else 170)
-    table = Table("claim", "measured", "bar", "", title="Evidence 2: right where others are silently wrong, and several times faster")
-    failed = 0
-    for section in sections:
-        began = time.perf_counter()
-        for claim, measured, bar, passed in section():
-            table.add_row(claim, measured, bar, "pass" if passed else "[red]FAIL[/]")
-            failed += not passed
-        console.print(f"[dim]{section.__name__.replace('_', ' ')}: {time.perf_counter() - began:.0f} s[/]", highlight=False)
-    console.print(table)
-    sys.exit(failed > 0)
+    show("Evidence 2: right where others are silently wrong, and several times faster", sections)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from .errors import NotDeterministic
-from .nesting import Batch, count_examples, map_tensors, tensors_in
+from .nesting import Batch, count_examples, map_tensors, take_rows, tensors_in
 from .state import rng_kept
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]  # one 64-bit number per example
@@ -85,6 +85,15 @@ class Batches:
         stream: list[Any] = []
         for _ in range(2):
             yield ((start, batch) for start, batch, _ in _drawn(self._read(), self.generators, stream))
+
+    def picked(self, rows: Tensor) -> list[Batch]:
+        """The examples with the indices `rows`, in order, in the batches that they came in."""
+        chosen, parts = rows.sort().values, []
+        for first, batch in self:
+            inside = chosen[(chosen >= first) & (chosen < first + count_examples(batch))] - first
+            if len(inside):
+                parts.append(take_rows(batch, inside))
+        return parts
 
     def _read(self) -> Iterator[tuple[int, Batch, Hashes]]:
         start = 0

@@ -18,7 +18,6 @@ from .evaluation import Metric, PerExample, all_metrics, per_example, total_grad
 from .kernels import unwrapped
 from .layout import Layout
 from .linalg.operator import Space
-from .nesting import count_examples, take_rows
 from .points import copied, differs_outside, read_point, snapshot_point
 from .reading import read_terms
 from .results import Point
@@ -277,18 +276,11 @@ class Objective:
 
     def _on_rows(self, rows: Tensor) -> Objective:
         """The same loss on the chosen examples, in the batches that they came in."""
-        batches = self._terms.batches
         if not self.divisible:
             raise ValueError('sample() would cut batches that are part of the loss (mode="batch", from_batch_loss). Choose batches yourself: objective.on(batches).')
-        if not batches.ordered:
+        if not self._terms.batches.ordered:
             raise NotDeterministic("sample() needs the examples in one fixed order. Use shuffle=False.")
-        chosen = rows.sort().values
-        parts = []
-        for first, batch in batches:
-            inside = chosen[(chosen >= first) & (chosen < first + count_examples(batch))] - first
-            if len(inside):
-                parts.append(take_rows(batch, inside))
-        return self.on(parts)
+        return self.on(self._terms.batches.picked(rows))
 
     def state_dict(self, point: Source = None) -> dict[str, Any]:
         """A point as a checkpoint of the model: what `model.state_dict()` would hold there, in the model's own precision."""
