@@ -12,8 +12,11 @@ import torch
 from torch import nn
 
 import orograph as og
-from orograph.grids import Interpolant, interpolation_matrix, nodes, sample_square
+from orograph.chebyshev import Interpolant, interpolation_matrix, nodes
+from orograph.crowds import losses_of
+from orograph.grids import Scale, sample_square
 from orograph.planes import plane_through, principal_plane, random_direction
+from orograph.renormalise import renormalised, renormalised_all
 from orograph.studies.networks import cnn, mlp
 from orograph.topology import basins_of
 
@@ -21,6 +24,10 @@ from .networks import loss_cases
 from .quadratics import quadratic, random_quadratic
 
 DOUBLE = {"dtype": torch.float64}
+
+
+def facts(record):
+    return {row["quantity"]: row["value"] for row in record["faithful"].rows}
 
 
 def flat(seed, n):
@@ -35,7 +42,7 @@ class TestPlantedQuadratic:
         s = record["surface"]
         expected = 0.5 * lam[0] * s.x[:, None] ** 2 + 0.5 * lam[1] * s.y[None] ** 2
         assert float((s.z - expected).abs().max()) <= 1e-10 * float(expected.abs().max())
-        rows = {row["quantity"]: row["value"] for row in record["faithful"].rows}
+        rows = facts(record)
         assert rows["curvature along the first axis"] == pytest.approx(float(lam[0]), rel=1e-9) and abs(rows["cosine between the axes"]) < 1e-10
 
     def test_a_plane_of_any_directions_has_its_own_quadratic(self):
@@ -51,7 +58,7 @@ class TestPlantedQuadratic:
     def test_the_quadratic_model_of_a_quadratic_never_fails(self):
         A, g, _ = random_quadratic(5)
         record = og.measure(quadratic(A, g, flat(3, len(g))), "surface", normalisation="whole", resolution=9)
-        rows = {row["quantity"]: row["value"] for row in record["faithful"].rows}
+        rows = facts(record)
         assert rows["radius at which the quadratic model fails"] == math.inf and torch.allclose(record["quadratic"].z, record["surface"].z, rtol=1e-8)
 
 
@@ -71,7 +78,7 @@ class TestPlanes:
 
     def test_random_axes_are_not_parallel(self):
         objective = loss_cases()["cross-entropy"].objective(100)
-        cosines = [og.measure(objective, "surface", normalisation="whole", resolution=3, seed=seed)["faithful"].rows[1]["value"] for seed in range(5)]
+        cosines = [facts(og.measure(objective, "surface", normalisation="whole", resolution=3, seed=seed))["cosine between the axes"] for seed in range(5)]
         assert max(abs(c) for c in cosines) < 5 / math.sqrt(objective.size)
 
     def test_three_networks_lie_in_their_plane_and_within_the_picture(self):
@@ -103,27 +110,132 @@ class TestGrids:
             assert torch.allclose(interpolation_matrix(nodes(m), m), torch.eye(m + 1, **DOUBLE))
         assert all(bool((nodes(8) - node).abs().min() < 1e-15) for node in nodes(4))
 
-    @pytest.mark.parametrize("name", ["smooth", "steep", "kinked"])
-    def test_the_error_that_is_stated_holds_on_fresh_points(self, name):
-        f = {
-            "smooth": lambda s, t: math.sin(2 * s) * math.cos(t) + s * t, "steep": lambda s, t: math.exp(4 * s + 3 * t**2), "kinked": lambda s, t: abs(s + 0.3 * t) + 0.1 * t**2,
+    @pytest.mark.parametrize("name", ["smooth", "valley", "steep", "kinked", "walled", "corner", "flat"])
+    def test_the_error_that_is_stated_holds_on_every_point_of_the_picture(self, name):
+        f, most = {
+            "smooth": (lambda s, t: math.sin(2 * s) * math.cos(t) + s * t, 100), "steep": (lambda s, t: math.exp(4 * s + 3 * t**2), 100),
+            "valley": (lambda s, t: 0.01 + (s + 0.3) ** 2 + 4 * t**2 / (1 + abs(t) ** 3), 700), "kinked": (lambda s, t: abs(s + 0.3 * t) + 0.1 * t**2, 2000),
+            "walled": (lambda s, t: math.inf if s > 0.9 else s**2, 1200), "corner": (lambda s, t: 1e6 * max(0.0, s + t - 1.5) ** 3 + s * s + t * t + 0.1, 1000), "flat": (lambda s, t: 3.0, 40),
         }[name]  # fmt: skip
-        found = sample_square(f, 1.0, 0.01, 1200, seed=0)
-        g = torch.Generator().manual_seed(99)
-        places = 2 * torch.rand(200, 2, generator=g, **DOUBLE) - 1
-        errors = [abs(float(found.interpolant(p[:1], p[1:])) - f(float(p[0]), float(p[1]))) for p in places]
-        assert max(errors) <= 1.25 * found.error + 1e-9 * found.spread and found.interpolant.logarithmic == (name == "steep")
-        assert found.converged == (name != "kinked") and (name == "kinked" or found.evaluations <= 97)
+        asked = []
+        found = sample_square(lambda places: [asked.append(place) or f(*place) for place in places], 1.0, resolution=51, tol=0.01, most=3500, seed=0)
+        z, x = found.grid(lambda place: f(*place)), found.axis.tolist()
+        truth = torch.tensor([[f(s, t) for t in x] for s in x], **DOUBLE)
+        worst = found.scale().worst(z[truth.isfinite()], truth[truth.isfinite()])
+        assert torch.equal(z.isfinite(), truth.isfinite()) and found.converged and max(found.errors) <= 0.05
+        assert float(worst[0]) <= found.errors[0] + 1e-12 and float(worst[1]) <= found.errors[1] + 1e-12
+        assert len(asked) == len(set(asked)) == len(found.seen) <= most
 
-    def test_a_hole_ends_interpolation(self):
-        found = sample_square(lambda s, t: math.inf if s > 0.9 else s, 1.0, 0.01, 500, seed=0)
-        assert found.interpolant is None and not found.converged
+    def test_where_evaluations_run_out_the_error_says_so(self):
+        noise = lambda places: [math.sin(1e4 * s) * math.cos(3e4 * t) for s, t in places]
+        found = sample_square(noise, 1.0, resolution=51, tol=0.01, most=500, seed=0)
+        assert len(found.seen) <= 500 and not found.converged and found.errors[0] > 0.1
+        holes = sample_square(lambda places: [math.nan if s > 0 else s for s, _ in places], 1.0, resolution=51, tol=0.01, most=200, seed=0)
+        assert math.isnan(holes.errors[0]) and not holes.converged
+
+    def test_logarithms_count_where_a_picture_is_wide(self):
+        f = lambda s, t: 1e-3 + s**4 + 30 * max(0.0, t) ** 4  # within 1 % of its range anything will do near the minimum
+        found = sample_square(lambda places: [f(*place) for place in places], 1.0, resolution=21, tol=0.01, most=3500, seed=0)
+        z, x = found.grid(lambda place: f(*place)), found.axis.tolist()
+        truth = torch.tensor([[f(s, t) for t in x] for s in x], **DOUBLE)
+        assert bool((z > 0).all()) and float((z.log() - truth.log()).abs().max()) <= 0.05 * math.log(float(truth.max() / truth.min()))
+        assert float(Scale(1.0, None).worst(torch.tensor([1.5]), torch.tensor([1.0]))[0]) == 0.5 and Scale(1.0, None).worst(torch.zeros(0), torch.zeros(0)).tolist() == [0, 0]
 
     def test_an_interpolant_is_not_transposed(self):
         x = nodes(4)
-        f = Interpolant(x[:, None] ** 2 + 3 * x[None], 2.0, False)
-        z = f(torch.tensor([1.0, 2.0], **DOUBLE), torch.tensor([0.0, 1.0, 2.0], **DOUBLE))
+        f = Interpolant(x[:, None] ** 2 + 3 * x[None], (1.0, 0.0), 2.0)
+        z = f(torch.tensor([2.0, 3.0], **DOUBLE), torch.tensor([0.0, 1.0, 2.0], **DOUBLE))
         assert z.shape == (2, 3) and float(z[1, 0]) == pytest.approx(1.0) and float(z[0, 2]) == pytest.approx(0.25 + 3)
+        assert torch.allclose(f.at(torch.tensor([3.0, 2.0], **DOUBLE), torch.tensor([0.0, 2.0], **DOUBLE)), torch.stack([z[1, 0], z[0, 2]]))
+
+
+class TestManyPointsPerBatch:
+    @pytest.mark.parametrize("name", ["cross-entropy", "sum", "ignored class", "ignored tokens, dicts", "counted lambda", "batch loss"])
+    def test_losses_are_those_of_one_point_at_a_time_to_the_bit(self, name):
+        if name == "batch loss":
+            x, net = torch.randn(30, 4, **DOUBLE), nn.Linear(4, 1).double()
+            objective = og.Objective.from_batch_loss(net, lambda model, batch: (model(batch).square().sum(), len(batch)), list(x.split(7)))
+        else:
+            objective = loss_cases()[name].objective(7)
+        points = [objective.point(objective.theta + 0.3 * k) for k in range(4)]
+        told = []
+        found = losses_of(objective, points, told.append)
+        for point, (value, examples) in zip(points, found, strict=True):
+            assert value == pytest.approx(objective.at(point).value(), rel=1e-12) and (examples is None) == (name in ("batch loss", "counted lambda"))
+            assert losses_of(objective, [point])[0][0] == value
+        assert told[-1] == pytest.approx(1.0)
+
+    def test_a_batch_meets_all_points_before_the_next_one_is_loaded(self):
+        loads = []
+
+        class Costly(torch.utils.data.Dataset):
+            def __len__(self):
+                return 12
+
+            def __getitem__(self, i):
+                loads.append(i)
+                return torch.full((3,), float(i), **DOUBLE), i % 2
+
+        net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)).double().eval()
+        objective = og.Objective(net, nn.CrossEntropyLoss(), torch.utils.data.DataLoader(Costly(), batch_size=4))
+        for statistics in ("frozen", "reestimated"):
+            loads.clear()
+            surface = og.measure(objective, "surface", statistics=statistics, resolution=5, tol=0.01)["surface"]
+            assert surface.evaluations == 25 and len(loads) <= 12 * (12 if statistics == "frozen" else 16)
+
+    def test_running_statistics_are_those_of_one_network_at_a_time(self):
+        net = cnn(seed=0, channels=(4, 6)).eval()
+        objective = og.Objective(net, nn.CrossEntropyLoss(), (torch.rand(40, 64), torch.arange(40) % 10), batch_size=16)
+        points = [objective.point(objective.theta * scale) for scale in (0.5, 1.0, 1.5)]
+        for point, found in zip(points, renormalised_all(objective, points), strict=True):
+            alone = renormalised(objective, point)
+            assert all(torch.equal(found.buffers[name], alone.buffers[name]) for name in found.buffers) and torch.equal(found.theta, point.theta)
+
+
+class TestSeedsAndSamples:
+    def test_several_seeds_show_their_spread(self):
+        A, g, _ = random_quadratic(4)
+        objective = quadratic(A, g, flat(3, len(g)))
+        record = og.measure(objective, "surface", seeds=4, normalisation="whole", resolution=9)
+        singles = [og.measure(objective, "surface", seed=seed, normalisation="whole", resolution=9)["surface"].z for seed in range(4)]
+        assert torch.allclose(record["surface"].z, singles[0]) and torch.allclose(record["spread"].z, torch.stack(singles).std(0))
+        lines = torch.stack([line for z in singles for line in (z[:, 4], z[4])])
+        assert torch.allclose(record["directions"].y, lines.mean(0)) and torch.allclose(record["directions"].error, lines.std(0) / math.sqrt(8))
+        for row, z in zip(record["seeds"].rows, singles, strict=True):
+            assert row["lowest"] == pytest.approx(float(z.min())) and row["highest"] == pytest.approx(float(z.max()))
+        u = random_direction(objective, 2, "whole")
+        assert record["seeds"].rows[2]["first_curvature"] == pytest.approx(float(u @ A @ u / (u @ u)), rel=1e-9)
+
+    def test_axes_are_slices_of_the_surface(self):
+        objective = loss_cases()["cross-entropy"].objective(100)
+        record = og.measure(objective, "surface", resolution=8)  # no point of the picture lies on an axis
+        plane = og.Plane(objective.point(), random_direction(objective, 0), random_direction(objective, 1_000_003))
+        for name, place in (("first_axis", lambda s: (s, 0.0)), ("second_axis", lambda s: (0.0, s))):
+            direct = torch.tensor([objective.at(plane(*place(float(s)))).value() for s in record[name].x], **DOUBLE)
+            assert float((record[name].y - direct).abs().max()) <= 0.02 * float(record["surface"].z.max() - record["surface"].z.min())
+
+    def test_a_sample_of_the_data_is_said_on_the_picture(self):
+        torch.manual_seed(0)
+        x, net = torch.randn(3000, 6), nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.BatchNorm1d(8), nn.Linear(8, 3))
+        objective = og.Objective(net.eval(), nn.CrossEntropyLoss(), (x, (x[:, 0] > 0).long()))
+        whole = og.measure(objective, "surface", resolution=5)["surface"]
+        record = og.measure(objective, "surface", resolution=5, examples=400)
+        some = record["surface"]
+        losses = objective.per_example()["loss"].total
+        assert facts(record)["standard error of the data, of the loss in the middle"] == pytest.approx(float(losses.std()) / math.sqrt(400), rel=0.2)
+        assert some.note.startswith("400 of 3,000 examples, running statistics of the middle") and whole.note == "running statistics of the middle"
+        assert 2 < float(some.error.max() / whole.error.max()) < 4 and float((((some.z - some.z[2, 2]) - (whole.z - whole.z[2, 2])) / some.error.clamp(min=1e-9)).abs().max()) < 4
+        enough = og.measure(objective, "surface", resolution=5, examples="enough", tol=0.05)["surface"]
+        assert "of 3,000 examples" in enough.note and float(enough.error.max()) <= 1.3 * 0.05 * float(enough.z.max() - enough.z.min())
+        assert og.measure(objective, "surface", resolution=5, examples="enough", tol=1e-4)["surface"].note == whole.note  # that takes all of them
+        path = [objective.theta + k * flat(k, objective.size).float() for k in range(3)]
+        networks = [objective.at(theta).point(label=str(k)) for k, theta in enumerate(path)]
+        assert og.measure(objective, "trajectory", *networks, resolution=5, examples=100)["surface"].note.startswith("100 of 3,000")
+
+    @pytest.mark.parametrize("settings", [{"seeds": 0}, {"seeds": 2, "axes": "gradient"}, {"examples": 1}, {"examples": "some"}])
+    def test_what_makes_no_sense_is_refused(self, settings):
+        with pytest.raises(ValueError, match=r"seeds=|examples="):
+            og.measure(loss_cases()["cross-entropy"].objective(100), "surface", **settings)
 
 
 def test_losses_that_are_not_finite_stay_holes():
@@ -266,7 +378,7 @@ from orograph.studies.problems import digits
 x, y = digits().train
 objective = og.Objective(mlp(64, 32, 10, seed=0), nn.CrossEntropyLoss(), (x, y), batch_size=100)
 print("ready", flush=True)
-og.measure(objective, "surface", tol=1e-6, max_evaluations=400, resolution=3, store=sys.argv[1])
+og.measure(objective, "surface", tol=1e-6, max_evaluations=400, resolution=51, store=sys.argv[1])
 """
 
 
@@ -310,8 +422,49 @@ class TestExports:
         assert rows["x"].tolist() == [0, 0, 0, 1, 1, 1] and rows["y"].tolist() == [5, 6, 7, 5, 6, 7] and rows["z"][3] == 4.0 and math.isnan(rows["z"][4])
         lines = og.save_surface(surface, tmp_path / "s.vtk").read_text().splitlines()
         assert lines[1] == "loss of a network" and lines[4] == "DIMENSIONS 2 3 1" and lines[6:9] == ["0 5 1", "1 5 4", "0 6 2"] and lines[9] == "1 6 0"
+        assert torch.equal(og.load_surface(tmp_path / "s.npz").z.nan_to_num(9), z.nan_to_num(9))
         with pytest.raises(ValueError, match="knows"):
-            og.save_surface(surface, tmp_path / "s.png")
+            og.save_surface(surface, tmp_path / "s.jpeg")
+        with pytest.raises(ValueError, match="choose from contours, relief"):
+            og.save_surface(surface, tmp_path / "s.png", view="top")
+
+    @pytest.mark.parametrize("view", ["contours", "relief"])
+    def test_figures_for_papers_are_the_same_every_time(self, tmp_path, view):
+        x, y = torch.linspace(-1, 1, 9, **DOUBLE), torch.linspace(-2, 2, 5, **DOUBLE)
+        z = 0.01 + x[:, None] ** 2 + 3 * y[None] ** 2
+        z[0, 0] = math.nan
+        surface = og.Surface(x=x, y=y, z=z, label="loss", note="running statistics of the middle", evaluations=45)
+        marks = og.Table(rows=[{"name": "a<b>$x_$", "s": 0.5, "t": -1.0}, {"name": "nowhere", "s": math.nan, "t": 0.0}])
+        for ending in (".png", ".svg", ".pdf"):
+            first, second = (og.save_surface(surface, tmp_path / f"{name}{ending}", marks=marks, view=view).read_bytes() for name in "ab")
+            assert first == second and len(first) > 3000
+        text = (tmp_path / "a.svg").read_text()
+        assert "<svg" in text and "45 evaluations" in text
+
+    def test_surfaces_of_an_older_tool_are_put_right(self, tmp_path):
+        import h5py
+
+        f = lambda x, y: x + 10 * y
+        x, y = np.array([0.0, 1.0, 2.0]), np.array([5.0, 6.0])
+        losses = -np.ones((len(x), len(y)))  # as that tool writes it: an array of shape (x, y), filled in the order of meshgrid(x, y)
+        rows, columns = np.meshgrid(x, y)
+        losses.ravel()[:5] = f(rows.ravel(), columns.ravel())[:5]
+        with h5py.File(tmp_path / "old.h5", "w") as file:
+            file["xcoordinates"], file["ycoordinates"], file["train_loss"] = x, y, losses
+        surface = og.load_surface(tmp_path / "old.h5")
+        expected = f(torch.tensor(x)[:, None], torch.tensor(y)[None])
+        expected[2, 1] = math.nan
+        assert torch.equal(surface.z.nan_to_num(-7), expected.nan_to_num(-7)) and surface.label == "train loss"
+        with h5py.File(tmp_path / "line.h5", "w") as file:
+            file["xcoordinates"], file["train_acc"] = x, np.array([1.0, 2.0, 3.0])
+        assert og.load_surface(tmp_path / "line.h5", quantity="train_acc").z.tolist() == [[1.0], [2.0], [3.0]]
+        with pytest.raises(ValueError, match="holds no 'train_loss', but train_acc, xcoordinates"):
+            og.load_surface(tmp_path / "line.h5")
+        with pytest.raises(FileNotFoundError, match="no file"):
+            og.load_surface(tmp_path / "none.h5")
+        (tmp_path / "s.txt").write_text("")
+        with pytest.raises(ValueError, match=r"reads .npz and .h5"):
+            og.load_surface(tmp_path / "s.txt")
 
     def test_the_command_line_draws_and_goes_on_from_its_samples(self, tmp_path):
         from typer.testing import CliRunner
@@ -323,9 +476,9 @@ class TestExports:
             "import torch\nfrom torch import nn\nfrom orograph import Objective\n\n\ndef objective():\n    torch.manual_seed(0)\n"
             "    return Objective(nn.Linear(4, 3), nn.CrossEntropyLoss(), (torch.randn(30, 4), torch.arange(30) % 3))\n"
         )
-        for evaluations in (97, 0):
+        for evaluations in (49, 0):
             result = CliRunner().invoke(app, ["surface", str(task), "--out", str(tmp_path / "out"), "--set", "surface.resolution=7"])
             assert result.exit_code == 0, result.output
             drawn = og.load_records(tmp_path / "out" / "records")[-1]["surface"]
             assert drawn.evaluations <= evaluations and (drawn.evaluations > 0) == (evaluations > 0)
-        assert (tmp_path / "out" / "surface.vtk").exists() and (tmp_path / "out" / "report.html").exists()
+        assert all((tmp_path / "out" / f"surface.{ending}").exists() for ending in ("npz", "csv", "vtk", "png", "svg")) and (tmp_path / "out" / "report.html").exists()

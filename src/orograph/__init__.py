@@ -19,7 +19,7 @@ from .errors import (
     PreflightFailed,
     RecordError,
 )
-from .exports import save_surface
+from .exports import load_surface, save_surface
 from .linalg.density import spectral_density
 from .linalg.eigen import eigenpairs
 from .linalg.operator import LinearOperator
@@ -78,6 +78,7 @@ __all__ = [
     "hessian",
     "list_probes",
     "load_records",
+    "load_surface",
     "measure",
     "measure_all",
     "preconditioned",

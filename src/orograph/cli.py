@@ -18,12 +18,11 @@ from safetensors.torch import save_file
 
 from .demo import run_demo
 from .errors import OrographError
-from .exports import FORMATS, save_surface
 from .records import LINES, load_records, save_records
 from .registry import find_probe, list_probes
 from .report import write_report
 from .results import Point, Surface
-from .tasks import Job, check_device, check_files, check_probes, import_task, make_objective, read_settings, run_job
+from .tasks import Job, check_device, check_files, check_probes, import_task, make_objective, read_settings, run_job, save_pictures
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Maps the loss landscape of real neural networks.")
 console = Console()
@@ -87,11 +86,13 @@ def _measure(
     chosen = read_settings(settings, probes, seed)
     objective = make_objective(module, "objective", device)
     held_out = make_objective(module, "held_out", device) if "held_out" in vars(module) else None
+    drawn = 0
     for records in run_job(Job(objective, held_out, probes, chosen, tuple(weights))):
         save_records(records, folder)
         for record in records:
-            if isinstance(drawn := record.results.get("surface"), Surface):
-                files = [save_surface(drawn, out / f"surface{ending}") for ending in FORMATS]
+            if isinstance(record.results.get("surface"), Surface):
+                drawn += 1
+                files = save_pictures(record, out, "surface" if drawn == 1 else f"surface-{drawn}")
                 console.print(f"Surface: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
             if isinstance(merged := record.results.get("merged"), Point):
                 save_file({name: tensor.contiguous() for name, tensor in objective.state_dict(merged).items()}, out / "merged.safetensors")
@@ -126,7 +127,7 @@ def surface(
     task: Path = typer.Argument(help="Python file with objective(), and optionally held_out()."),
     weights: list[Path] = typer.Option([], help="One checkpoint to stand at, or three to draw the plane through; repeatable."),
     settings: list[str] = typer.Option([], "--set", help="A setting of the probe, such as surface.axes=eigenvectors; repeatable.", metavar="PROBE.KEY=VALUE"),
-    out: Path = typer.Option(Path("orograph-report"), help="Folder for records, report, samples, and the surface as .npz, .csv and .vtk."),
+    out: Path = typer.Option(Path("orograph-report"), help="Folder for records, report, samples, and the surface as .npz, .csv, .vtk, and (with matplotlib) .png and .svg."),
     device: str | None = typer.Option(None, help="Handed to objective(device=...)."),
     threads: int = typer.Option(0, min=0, help="Threads that torch may use; 0: all."),
     seed: int | None = typer.Option(None, help="Seed of the directions."),

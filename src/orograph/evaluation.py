@@ -13,7 +13,7 @@ from torch import Tensor
 from .criteria import correct_predictions
 from .errors import NotDifferentiable
 from .layout import Layout
-from .terms import Recipe, Terms
+from .terms import Recipe, Term, Terms
 
 Metric = Callable[[Any, Any], Any]  # (output, target) -> mean over the batch, or (total, count)
 
@@ -88,20 +88,34 @@ class PerExample:
 
 def per_example(terms: Terms) -> dict[str, PerExample]:
     """The "loss" of every example, where the loss is one of torch's own, and the "error" (0 or 1), where it is a classification."""
-    criterion = terms.recipe.criterion
-    if criterion is None or criterion.function is None or terms.recipe.count is not None:
+    if not has_examples(terms.recipe):
         return {}
-    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     with torch.no_grad():
-        for term in terms:
-            output = term.output()
-            loss = _rows(criterion.each(output, term.target))
-            weights = _rows(criterion.unit_weights(term.target)) if criterion.weighs_positions(term.target) else torch.full_like(loss, term.units / len(loss))
-            parts.setdefault("loss", []).append((loss, weights))
-            if (right := correct_predictions(criterion, output, term.target)) is not None:
-                parts.setdefault("error", []).append((_rows(right[1] - right[0]), _rows(right[1])))
-    found = {name: PerExample(torch.cat([t for t, _ in pairs]), torch.cat([c for _, c in pairs])) for name, pairs in parts.items()}
-    if not terms.recipe.weighs:
+        return gathered(terms.recipe, [examples_of(term) for term in terms])
+
+
+def has_examples(recipe: Recipe) -> bool:
+    """Whether the criterion tells the losses of single examples."""
+    return recipe.criterion is not None and recipe.criterion.function is not None and recipe.count is None
+
+
+def examples_of(term: Term) -> dict[str, PerExample]:
+    """`per_example` of one micro-batch."""
+    criterion = term.recipe.criterion
+    assert criterion is not None  # `has_examples`
+    output = term.output()
+    loss = _rows(criterion.each(output, term.target))
+    found = {"loss": PerExample(loss, _rows(criterion.unit_weights(term.target)) if criterion.weighs_positions(term.target) else torch.full_like(loss, term.units / len(loss)))}
+    if (right := correct_predictions(criterion, output, term.target)) is not None:
+        found["error"] = PerExample(_rows(right[1] - right[0]), _rows(right[1]))
+    return found
+
+
+def gathered(recipe: Recipe, parts: Sequence[Mapping[str, PerExample]]) -> dict[str, PerExample]:
+    """What all micro-batches tell."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    found = {name: PerExample(*(torch.cat([getattr(part[name], column) for part in parts if name in part]) for column in ("total", "count"))) for name in names}
+    if not recipe.weighs:
         found["loss"] = PerExample(found["loss"].total, torch.full_like(found["loss"].total, 1 / len(found["loss"].total)))
     return found
 

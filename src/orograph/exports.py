@@ -1,27 +1,40 @@
-"""A surface in the formats of other programs."""
+"""Surfaces in the formats of other programs, and those of older ones read."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from .results import Surface
+from .paper import PAPER_FORMATS, View, draw_paper
+from .results import Surface, Table
 
 FORMATS = (".npz", ".csv", ".vtk")
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+MISSING = -1.0  # what the older files hold where a loss was not evaluated
 
 
-def save_surface(surface: Surface, path: str | Path) -> Path:
-    """Write a surface to `path`: .npz (x, y, z, error), .csv (a line for each point), or .vtk (a structured grid whose height is z, for ParaView).
+def save_surface(surface: Surface, path: str | Path, *, marks: Table | None = None, view: View = "contours") -> Path:
+    """Write a surface to `path`: .npz (x, y, z, error), .csv (a line for each point), .vtk (a structured grid whose height is z, for ParaView), or a figure: .png, .svg, .pdf.
 
-    z[i, j] is at (x[i], y[j]) in all of them. What is not finite stays so; in .vtk its height is 0.
+    z[i, j] is at (x[i], y[j]) in all of them. What is not finite stays so; in .vtk its height is 0, in a figure it is a hole. `marks`: networks to show in a
+    figure, such as record["points"] or record["path"] · `view`: "contours" or "relief". Figures need `orograph[figures]`.
     """
     path = Path(path)
+    if path.suffix not in FORMATS + PAPER_FORMATS:
+        raise ValueError(f"save_surface(path={str(path)!r}) knows {', '.join(FORMATS + PAPER_FORMATS)}. Choose one of these endings.")
+    if view not in get_args(View):
+        raise ValueError(f"save_surface(view={view!r}): choose from {', '.join(get_args(View))}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix in PAPER_FORMATS:
+        draw_paper(surface, path, marks.rows if marks is not None else [], view)
+        return path
     x, y, z = (np.asarray(part.detach().cpu(), dtype=np.float64) for part in (surface.x, surface.y, surface.z))
     error = np.full_like(z, np.nan) if surface.error is None else np.asarray(surface.error.detach().cpu(), dtype=np.float64)
-    if path.suffix not in FORMATS:
-        raise ValueError(f"save_surface(path={str(path)!r}) knows {', '.join(FORMATS)}. Choose one of these endings.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npz":
         np.savez_compressed(path, x=x, y=y, z=z, error=error)
     elif path.suffix == ".csv":
@@ -32,7 +45,7 @@ def save_surface(surface: Surface, path: str | Path) -> Path:
     return path
 
 
-def _vtk(x: np.ndarray[tuple[int], np.dtype[np.float64]], y: np.ndarray[tuple[int], np.dtype[np.float64]], z: np.ndarray[tuple[int, int], np.dtype[np.float64]], label: str) -> str:
+def _vtk(x: Floats, y: Floats, z: Floats, label: str) -> str:
     """Legacy VTK: points run along x first."""
     title = " ".join(label.split())[:200] or "surface"
     lines = ["# vtk DataFile Version 3.0", title, "ASCII", "DATASET STRUCTURED_GRID", f"DIMENSIONS {len(x)} {len(y)} 1", f"POINTS {z.size} double"]
@@ -40,3 +53,37 @@ def _vtk(x: np.ndarray[tuple[int], np.dtype[np.float64]], y: np.ndarray[tuple[in
     lines += [f"POINT_DATA {z.size}", "SCALARS z double 1", "LOOKUP_TABLE default"]
     lines += [f"{z[i, j]:.17g}" for j in range(len(y)) for i in range(len(x))]
     return "\n".join(lines) + "\n"
+
+
+def load_surface(path: str | Path, *, quantity: str = "train_loss") -> Surface:
+    """Read a surface: an .npz that `save_surface` wrote, or an .h5 of tomgoldstein/loss-landscape (Li et al. 2018, arXiv:1712.09913), which needs `orograph[hdf5]`.
+
+    `quantity`: which of an .h5's data sets, such as "train_loss" or "train_acc". Those files hold (x, y) in an array of that shape, but filled in the order of y, then
+    x: a square one is transposed and another one sheared, and both are put right here. Their -1, a point that was not evaluated, becomes a hole. A line has the one y = 0.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"load_surface: there is no file {path}.")
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            x, y, z, error = (_member(arrays, name, path) for name in ("x", "y", "z", "error"))
+        return Surface(x=x, y=y, z=z, error=None if bool(error.isnan().all()) else error, label=path.stem, xlabel="s", ylabel="t")
+    if path.suffix not in (".h5", ".hdf5"):
+        raise ValueError(f"load_surface(path={str(path)!r}) reads .npz and .h5.")
+    try:
+        import h5py
+    except ImportError as missing:
+        raise ImportError(f"{path.suffix} needs h5py: pip install 'orograph[hdf5]'.") from missing
+    with h5py.File(path, "r") as file:
+        x, values = (_member(file, name, path) for name in ("xcoordinates", quantity))
+        y = _member(file, "ycoordinates", path) if "ycoordinates" in file else torch.zeros(1, dtype=torch.float64)
+    if values.numel() != len(x) * len(y):
+        raise ValueError(f"load_surface: {quantity!r} in {path.name} has {values.numel()} values for {len(x)} x {len(y)} coordinates.")
+    z = values.flatten().view(len(y), len(x)).T
+    return Surface(x=x, y=y, z=torch.where(z == MISSING, math.nan, z), label=quantity.replace("_", " "), xlabel="x", ylabel="y")
+
+
+def _member(arrays: Any, name: str, path: Path) -> Tensor:
+    if name not in arrays:
+        raise ValueError(f"load_surface: {path.name} holds no {name!r}, but {', '.join(sorted(arrays))}.")
+    return torch.from_numpy(np.array(arrays[name], dtype=np.float64))

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .grids import Interpolant, Sampled, nodes, sample_square
+from .chebyshev import nodes
+from .grids import Sampled, sample_square
 from .linalg.operator import LinearOperator
 from .objective import Objective
 from .planes import Plane
-from .results import Point, Surface
-from .samples import Samples, direct_grid
+from .results import Curve, Point, Surface
+from .samples import Samples
 from .topology import basins_of
 
 FAILS = 0.1  # of the picture's range, by which the quadratic model is off where it counts as failed
+PILOT = 256  # examples from which the number needed is told
+STATISTICS = {"frozen": "running statistics of the middle", "reestimated": "running statistics re-estimated at every point"}
+Examples = int | Literal["enough"] | None
 
 
 @dataclass(frozen=True)
@@ -26,38 +31,72 @@ class Picture:
 
     surface: Surface
     sampled: Sampled
-    direct: bool  # every point of the picture was evaluated
+    samples: Samples
+
+    @property
+    def error(self) -> float:
+        """Of the picture, in units of the loss; what the data leave open not among it."""
+        return self.sampled.errors[0] * self.sampled.scale().spread
+
+    @property
+    def unknown(self) -> int:
+        """Points of the picture that were left out, for want of evaluations."""
+        return sum(len(self.sampled.points_in(square)) for square in self.sampled.squares if square.interpolant is None and not square.direct)
+
+    def slice(self, axis: int) -> Curve:
+        """The loss along one of the axes, through the origin of the plane."""
+        x, zero = self.sampled.axis, torch.zeros(self.sampled.resolution, dtype=torch.float64)
+        y = self.sampled.at(*((x, zero) if axis == 0 else (zero, x)))
+        lost = torch.nonzero(y.isnan())[:, 0]
+        places = [(float(x[i]), 0.0) if axis == 0 else (0.0, float(x[i])) for i in lost]
+        y[lost] = torch.tensor(self.samples.losses(places), dtype=torch.float64)
+        return Curve(x=x, y=y, label="loss", xlabel=self.surface.ylabel if axis else self.surface.xlabel, ylabel="loss")
 
 
-def draw(samples: Samples, *, span: float, resolution: int, tol: float, most: int, seed: int, label: str) -> Picture:
-    """Chebyshev samples drawn at any resolution; a plain grid where a loss is not finite, or where that is cheaper than the error asked for."""
-    sampled = sample_square(samples.loss, span, tol, most, seed)
-    x = torch.linspace(-span, span, resolution, dtype=torch.float64)
-    plain = sampled.evaluations + resolution**2 <= most and not sampled.converged
-    if sampled.interpolant is None or plain:
-        z, error = direct_grid(samples, x, x)
-    else:
-        z = sampled.interpolant(x, x)
-        error = _error_of(samples, sampled.interpolant, x, span)
+def draw(samples: Samples, *, span: float, resolution: int, tol: float, most: int, seed: int, whole: Objective | None = None) -> Picture:
+    """The loss over a plane at any resolution. `whole`: the objective of all examples, where the samples are of some."""
+    sampled = sample_square(samples.losses, span, resolution=resolution, tol=tol, most=most, seed=seed)
+    z = sampled.grid(lambda place: samples.found[place][0])
+    error = sampled.grid(lambda place: samples.found[place][1], as_sampled=False).clamp(min=0)
+    some = whole is not None and whole.examples > samples.objective.examples
+    notes = [f"{samples.objective.examples:,} of {whole.examples:,} examples" if some and whole is not None else "", STATISTICS[samples.statistics] if samples.normed else ""]
     surface = Surface(
-        x=x, y=x, z=z, error=None if bool(error.isnan().all()) else error, evaluations=samples.evaluations, label=label,
+        x=sampled.axis, y=sampled.axis, z=z, error=None if bool(error.isnan().all()) else error, evaluations=samples.evaluations, label="loss", note=", ".join(filter(None, notes)),
         xlabel=f"s, in units of {_relative(samples, samples.plane.u)}", ylabel=f"t, in units of {_relative(samples, samples.plane.v)}",
     )  # fmt: skip
-    return Picture(surface, sampled, sampled.interpolant is None or plain)
-
-
-def _error_of(samples: Samples, interpolant: Interpolant, x: Tensor, span: float) -> Tensor:
-    m = len(interpolant.values) - 1
-    places = (span * nodes(m)).tolist()
-    known = {(round(s, 12), round(t, 12)): error for (s, t), (_, error) in samples.found.items()}
-    errors = torch.tensor([[known[round(s, 12), round(t, 12)] for t in places] for s in places], dtype=torch.float64)
-    return Interpolant(errors, span, False)(x, x).clamp(min=0)
+    return Picture(surface, sampled, samples)
 
 
 def _relative(samples: Samples, direction: Tensor) -> str:
     origin = samples.plane.origin
     theta = origin.theta if isinstance(origin, Point) else origin
     return f"{float(direction.norm()) / max(float(theta.norm()), 1e-300):.3g} |w|"
+
+
+def check_examples(probe: str, examples: object) -> None:
+    """ValueError for what is no number of examples."""
+    if examples not in (None, "enough") and (isinstance(examples, bool) or not isinstance(examples, int) or examples < 2):
+        raise ValueError(f'{probe}(examples={examples!r}): give a number of examples from 2, "enough", or None for all.')
+
+
+def sampled_data(objective: Objective, plane: Plane, examples: Examples, *, span: float, tol: float, seed: int) -> Objective:
+    r"""The objective over so many random examples; "enough": so many that the standard error of the loss is below `tol` of the picture's range.
+
+    A pilot of 256 examples at 25 places tells the deviation sigma of an example's loss: $\sigma^2 (1/m - 1/N) \le (tol \cdot range)^2$ for m of N examples. All where half would be needed.
+    """
+    if examples is None or (examples == "enough" and objective.examples <= 2 * PILOT):
+        return objective
+    if examples != "enough":
+        return objective.sample(examples, seed)
+    pilot = Samples(objective.sample(PILOT, seed), plane, "frozen")
+    x = (span * nodes(4)).tolist()
+    found = torch.tensor(pilot.at([(s, t) for s in x for t in x]), dtype=torch.float64)
+    loss, error = found[found.isfinite().all(1)].T
+    if not len(loss):
+        return objective
+    aim = (tol * float(loss.max() - loss.min())) ** 2
+    m = math.ceil(1 / (aim / max(PILOT * float(error.max()) ** 2, 1e-300) + 1 / objective.examples))
+    return objective if m > objective.examples / 2 else objective.sample(max(m, PILOT), seed)
 
 
 def quadratic_model(op: LinearOperator, objective: Objective, plane: Plane, picture: Surface) -> tuple[Surface, float, tuple[float, float]]:
@@ -76,13 +115,25 @@ def quadratic_model(op: LinearOperator, objective: Objective, plane: Plane, pict
     return model, float(radius[off].min()) if bool(off.any()) else math.inf, curvatures
 
 
-def basin_rows(picture: Surface) -> list[dict[str, Any]]:
-    """Minima of the picture, deepest first, and whether each is deeper than the error of the data explains."""
-    rows = []
-    for basin in basins_of(picture.z)[:12]:
+def basin_rows(picture: Picture) -> list[dict[str, Any]]:
+    """Minima of the picture, deepest first, and whether each is deeper than the errors of the data and of the picture explain."""
+    surface, rows = picture.surface, []
+    for basin in basins_of(surface.z)[:12]:
         i, j = basin.minimum
         doubt = 0.0
-        if picture.error is not None and basin.pass_ is not None:
-            doubt = 1.96 * math.hypot(float(picture.error[i, j]), float(picture.error[basin.pass_]))
-        rows.append({"s": float(picture.x[i]), "t": float(picture.y[j]), "loss": basin.value, "depth": basin.persistence, "significant": bool(basin.persistence > doubt)})
+        if basin.pass_ is not None:
+            doubt = 2 * picture.error + (0.0 if surface.error is None else 1.96 * math.hypot(float(surface.error[i, j]), float(surface.error[basin.pass_])))
+        rows.append({"s": float(surface.x[i]), "t": float(surface.y[j]), "loss": basin.value, "depth": basin.persistence, "significant": bool(basin.persistence > doubt)})
     return rows
+
+
+def over_directions(pictures: Sequence[Picture]) -> tuple[Curve, Surface]:
+    """The mean loss along the axes of several planes with its standard error, and the standard deviation between the planes at every (s, t)."""
+    lines = torch.stack([picture.slice(axis).y for picture in pictures for axis in (0, 1)])
+    first = pictures[0].surface
+    mean = Curve(
+        x=first.x, y=lines.mean(0), error=lines.std(0) / math.sqrt(len(lines)), label=f"mean loss along {len(lines)} random directions", xlabel=first.xlabel.replace("s, in", "distance, in"), ylabel="loss",
+    )  # fmt: skip
+    deviation = torch.stack([picture.surface.z for picture in pictures]).std(0)
+    label = f"standard deviation between {len(pictures)} planes"
+    return mean, Surface(x=first.x, y=first.y, z=deviation, evaluations=sum(picture.surface.evaluations for picture in pictures), label=label, xlabel=first.xlabel, ylabel=first.ylabel, note=first.note)

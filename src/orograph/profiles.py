@@ -128,14 +128,17 @@ def check_statistics(probe: str, statistics: Any) -> None:
 
 
 def half_width(first: PerExample | None, last: PerExample | None, peak: PerExample | None, share: float) -> float:
-    r"""Half-width of the 95 % interval of $L(t) - (1-s) L(0) - s L(1)$ as a ratio of sums over examples (delta method)."""
-    if first is None or last is None or peak is None:
+    r"""Half-width of the 95 % interval of $L(t) - (1-s) L(0) - s L(1)$ over examples."""
+    if first is None or last is None or peak is None or len(peak.total) < 2:
         return math.nan
+    return difference_sem(first, last, peak, share) * float(stats.t.ppf(0.975, len(peak.total) - 1))
+
+
+def difference_sem(first: PerExample, last: PerExample, peak: PerExample, share: float) -> float:
+    """Standard error of that difference as a ratio of sums over examples (delta method)."""
     difference = peak.total - (1 - share) * first.total - share * last.total
-    count = len(difference)
     mean = difference.sum() / peak.count.sum()
-    spread = float((difference - mean * peak.count).std()) * math.sqrt(count) / float(peak.count.sum())
-    return spread * float(stats.t.ppf(0.975, count - 1)) if count > 1 else math.nan
+    return float((difference - mean * peak.count).std()) * math.sqrt(len(difference)) / float(peak.count.sum()) if len(difference) > 1 else math.nan
 
 
 def end_labels(a: Point, b: Point) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .evaluation import no_gradient
 from .objective import Objective
 from .results import Point
+from .snapshots import Snapshot
 
 
 def running_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -19,7 +20,6 @@ def running_norms(model: nn.Module) -> list[_BatchNorm]:
     return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
 
 
-@torch.inference_mode(False)
 def renormalised(objective: Objective, source: object = None) -> Point:
     """The same weights with running statistics re-estimated: those of the objective's batches, averaged. One forward pass.
 
@@ -27,23 +27,35 @@ def renormalised(objective: Objective, source: object = None) -> Point:
     (Izmailov et al. 2018, arXiv:1803.05407; Jordan et al. 2023, arXiv:2211.08403). Every layer sees what batches normalised by their own
     statistics give. A network without running statistics comes back as it is.
     """
-    point = objective.point(source)
+    return renormalised_all(objective, [objective.point(source)])[0]
+
+
+@torch.inference_mode(False)
+def renormalised_all(objective: Objective, points: Sequence[Point]) -> list[Point]:
+    """`renormalised` for many networks: every batch goes to all of them before the next one is loaded."""
     norms = running_norms(objective.snapshot.model)
     if not norms:
-        return point
-    there = objective.at(point)
-    batchwise = replace(there.snapshot, mode="batch")
-    sums: dict[int, list[Tensor]] = {}
-    hooks = [norm.register_forward_pre_hook(lambda module, inputs: _add(sums.setdefault(id(module), []), inputs[0])) for norm in norms]
+        return list(points)
+    networks = [replace(objective.at(point).snapshot, mode="batch") for point in points]
+    sums: list[dict[int, list[Tensor]]] = [{} for _ in points]
+    now = sums[:1]  # of the network that runs
+    hooks = [norm.register_forward_pre_hook(lambda module, inputs: _add(now[0].setdefault(id(module), []), inputs[0])) for norm in norms]
     try:
-        with batchwise.applied(), no_gradient(objective.recipe):
-            for term in there.terms():
-                if term.examples > 1 or objective.examples == 1:  # one example has no variance
-                    term.loss_of(term.output())
+        with objective.applied():
+            for term in objective.terms():
+                for i, network in enumerate(networks):
+                    now[0] = sums[i]
+                    with network.applied(), no_gradient(objective.recipe):
+                        if term.examples > 1 or objective.examples == 1:  # one example has no variance
+                            term.loss_of(term.output())
     finally:
         for hook in hooks:
             hook.remove()
-    places = {(id(module), attribute): name for name, slots in there.snapshot.slots.buffers.items() for module, attribute in slots}
+    return [_with_statistics(point, network, norms, found) for point, network, found in zip(points, networks, sums, strict=True)]
+
+
+def _with_statistics(point: Point, network: Snapshot, norms: Sequence[_BatchNorm], sums: Mapping[int, Sequence[Tensor]]) -> Point:
+    places = {(id(module), attribute): name for name, slots in network.slots.buffers.items() for module, attribute in slots}
     fresh = {}
     for norm in norms:
         if id(norm) in sums:  # a layer that the forward does not use keeps its own

@@ -17,6 +17,7 @@ from scipy import stats
 from torch import Tensor
 
 Status = Literal["converged", "noise-limited", "budget-limited"]
+WIDE = 30.0  # the factor between the extremes of positive values from which a picture needs a logarithmic scale
 STATUS_ORDER: tuple[Status, ...] = ("converged", "noise-limited", "budget-limited")  # best to worst
 
 
@@ -172,7 +173,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Surface:
-    """A quantity over a plane: `z[i, j]` at (x[i], y[j]); `error`: of `z`, or None; `evaluations` of the loss spent."""
+    """A quantity over a plane: `z[i, j]` at (x[i], y[j]); `error`: the standard error of each `z` against the one at the origin, or None; `evaluations` of the loss spent; `note`: what to know of the picture."""
 
     x: Tensor
     y: Tensor
@@ -183,6 +184,13 @@ class Surface:
     unit: str = ""
     xlabel: str = ""
     ylabel: str = ""
+    note: str = ""
+
+    @property
+    def wide(self) -> bool:
+        """Whether the values span so much that a picture needs a logarithmic scale."""
+        finite = self.z[self.z.isfinite()]
+        return bool(len(finite)) and float(finite.min()) > 0 and float(finite.max()) > WIDE * float(finite.min())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 
+from .crowds import losses_of
 from .evaluation import PerExample
+from .memory import free_bytes
 from .objective import Objective
 from .planes import Plane
-from .profiles import half_width
-from .renormalise import renormalised
+from .profiles import difference_sem
+from .renormalise import renormalised_all, running_norms
 from .results import Point
 from .snapshots import fingerprint
 
 SurfaceStatistics = Literal["frozen", "reestimated"]
+Place = tuple[float, float]
+TOGETHER, GROUP_SECONDS = 25, 60.0  # places that go through the data at once
 
 
 @dataclass
@@ -32,11 +38,12 @@ class Samples:
     statistics: SurfaceStatistics
     path: Path | None = None
     report: Callable[[int], None] = lambda count: None
-    found: dict[tuple[float, float], tuple[float, float]] = field(default_factory=dict)
+    found: dict[Place, tuple[float, float]] = field(default_factory=dict)
     evaluations: int = 0
     key: str = field(init=False)  # a hash of everything that the losses depend on
     _broken: bool = False  # the file ends in a line of a killed process
-    _centre: dict[str, PerExample] | None = None
+    _centre: PerExample | None = None
+    _together: int = 1
 
     def __post_init__(self) -> None:
         self.key = self._hash()
@@ -58,29 +65,58 @@ class Samples:
         text = json.dumps([fingerprint(tensors), own["data"], own["parameters"], self.statistics, str(self.objective.dtype), self.objective.mode])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def loss(self, s: float, t: float) -> float:
-        """The loss at (s, t)."""
-        return self.at(s, t)[0]
+    @property
+    def normed(self) -> bool:
+        """Whether the network has running statistics, so that there is a policy to speak of."""
+        return bool(running_norms(self.objective.snapshot.model))
 
-    def at(self, s: float, t: float) -> tuple[float, float]:
-        """The loss at (s, t), and the standard error over examples of its difference to the loss at the origin."""
-        if (s, t) in self.found:
-            return self.found[s, t]
-        place = self.plane(s, t)
-        there = self.objective.at(renormalised(self.objective, place) if self.statistics == "reestimated" else place)
-        examples = there.per_example()
-        loss = examples["loss"].mean if "loss" in examples else there.value()
-        error = float("nan")
-        if "loss" in examples:
-            if self._centre is None:
-                self._centre = self.objective.at(self.plane.origin).per_example()
-            error = half_width(self._centre["loss"], self._centre["loss"], examples["loss"], 0.5) / 1.96
-        self.evaluations += 1
+    def losses(self, places: Sequence[Place]) -> list[float]:
+        """The losses at some places."""
+        return [loss for loss, _ in self.at(places)]
+
+    def at(self, places: Sequence[Place]) -> list[tuple[float, float]]:
+        """For each place the loss, and the standard error over examples of its difference to the loss at the origin.
+
+        Places go through the data together, batch by batch, as many as a minute, a quarter of the free memory and `TOGETHER` allow: a killed job loses no more.
+        """
+        wanted = [place for place in dict.fromkeys(places) if place not in self.found]
+        while wanted:
+            group, wanted = wanted[: self._together], wanted[self._together :]
+            began = time.perf_counter()
+            self._evaluate(group)
+            self._together = self._affordable((time.perf_counter() - began) / len(group))
+        return [self.found[place] for place in places]
+
+    def level_error(self) -> float:
+        """Standard error over examples of the loss at the origin itself, by which the whole picture may be too high or too low."""
+        centre = self._centre or losses_of(self.objective, [self.objective.point(self.plane.origin)])[0][1]
+        nothing = PerExample(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
+        return math.nan if centre is None else difference_sem(nothing, nothing, centre, 0.5)
+
+    def _evaluate(self, group: Sequence[Place]) -> None:
+        before = self.evaluations
+        aside = self._centre is None or not self.objective.terms().batches.ordered  # the examples of two passes that come in another order make no pairs
+        points = [self.objective.point(self.plane(s, t)) for s, t in group]
+        if self.statistics == "reestimated":
+            points = renormalised_all(self.objective, points)
+        centre = [self.objective.point(self.plane.origin)] if aside else []
+        share = len(group) / (len(group) + len(centre))
+        found = losses_of(self.objective, [*points, *centre], lambda done: self.report(before + int(done * share * len(group))))
+        if aside:
+            self._centre = found.pop()[1]
+        for (s, t), (loss, examples) in zip(group, found, strict=True):
+            error = math.nan if examples is None or self._centre is None else difference_sem(self._centre, self._centre, examples, 0.5)
+            self.found[s, t] = loss, error
+            if self.path is not None:
+                self._append({"key": self.key, "s": s, "t": t, "loss": loss, "error": error})
+        self.evaluations = before + len(group)
         self.report(self.evaluations)
-        self.found[s, t] = loss, error
-        if self.path is not None:
-            self._append({"key": self.key, "s": s, "t": t, "loss": loss, "error": error})
-        return loss, error
+
+    def _affordable(self, seconds: float) -> int:
+        """How many places to take together, from what one took."""
+        point = self.objective.point()
+        size = sum(tensor.numel() * tensor.element_size() for tensor in (point.theta, point.theta, *point.buffers.values())) + 32 * self.objective.examples
+        return max(min(TOGETHER, int(GROUP_SECONDS / max(seconds, 1e-9)), free_bytes(self.objective.device) // 4 // size), 1)
 
     def _append(self, row: dict[str, float | str]) -> None:
         """One write, flushed to disk; a line of a killed process that has no end gets one."""
@@ -97,9 +133,3 @@ def check_policy(probe: str, statistics: object) -> None:
     """ValueError for an unknown policy."""
     if statistics not in get_args(SurfaceStatistics):
         raise ValueError(f"{probe}(statistics={statistics!r}): choose from {', '.join(get_args(SurfaceStatistics))}.")
-
-
-def direct_grid(samples: Samples, s: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses and errors at every point of a grid, one evaluation each; what is not finite stays so."""
-    pairs = [[samples.at(float(a), float(b)) for b in t] for a in s]
-    return torch.tensor([[loss for loss, _ in row] for row in pairs], dtype=torch.float64), torch.tensor([[error for _, error in row] for row in pairs], dtype=torch.float64)

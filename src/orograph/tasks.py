@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from .exports import FORMATS, save_surface
 from .objective import Objective
 from .progress import Progress
-from .records import Records
+from .records import Record, Records
 from .registry import find_probe, measure_all
-from .results import Point
+from .results import Point, Surface, Table
 
 Settings = dict[str, dict[str, Any]]  # probe -> setting -> value
 UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError)  # what damaged weights files raise
@@ -150,6 +151,15 @@ def run_job(job: Job, progress: Progress = None) -> Iterator[Records]:
         points = [read_checkpoint(job.objective, file, label) for file, label in labels.items()]
         found = measure_all(job.objective, comparing, *points, held_out=job.held_out, progress=progress, settings=_of(job.settings, comparing))
         yield _from_files(found, job.weights)
+
+
+def save_pictures(record: Record, folder: Path, stem: str) -> list[Path]:
+    """The surface of a record in every format: data, and figures with its networks marked where matplotlib is installed."""
+    surface = record["surface"]
+    assert isinstance(surface, Surface)
+    marks = record.results.get("path", record.results.get("points"))
+    endings = FORMATS + ((".png", ".svg") if importlib.util.find_spec("matplotlib") else ())
+    return [save_surface(surface, folder / f"{stem}{ending}", marks=marks if isinstance(marks, Table) else None) for ending in endings]
 
 
 def _of(settings: Settings, probes: Sequence[str]) -> Settings:

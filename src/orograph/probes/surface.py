@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..pictures import basin_rows, draw, quadratic_model
+from ..curvature import hessian
+from ..objective import Objective
+from ..pictures import Examples, Picture, basin_rows, check_examples, draw, over_directions, quadratic_model, sampled_data
 from ..planes import Normalisation, Plane, plane_through, random_direction
 from ..progress import progress_bar
 from ..registry import Results, probe
@@ -32,59 +36,93 @@ def _says(results: Results) -> str:
 @probe(says=_says)
 def surface(
     subject: Subject, *points: Point, plane: Any = None, axes: Axes = "random", normalisation: Normalisation = "filter", span: float = 1.0, resolution: int = 51, tol: float = 0.01,
-    max_evaluations: int = 3000, statistics: SurfaceStatistics = "frozen", seed: int = 0, store: str | None = None,
+    max_evaluations: int = 3500, statistics: SurfaceStatistics = "frozen", examples: Examples = None, seed: int = 0, seeds: int = 1, store: str | None = None,
 ) -> dict[str, Result]:  # fmt: skip
     r"""The loss over (s, t) in [-`span`, `span`]^2 of a plane: around the own point, through three networks, or a `plane` given.
 
-    `axes`: "random" directions, normalised per "filter", "layer" or as a "whole"; the top two "eigenvectors" of the Hessian, unit vectors as they are; "gradient" and top eigenvector ·
-    samples at Chebyshev points are refined until the error on points never used is below `tol` of the range, then drawn at any `resolution`; where a loss is not
-    finite, or the error is not reached and `max_evaluations` allows it, every point of the picture is evaluated; what is not finite stays a hole · `statistics`: BatchNorm's
-    "frozen" at those of the plane's origin, or "reestimated" at every point · `store`: a file of samples, from which a killed job goes on and a finer one begins.
-    `quadratic`: the model from two products; `basins`: minima with their depth, against the error over examples; `points`: where networks lie, and how far from the
-    plane; `faithful`: what to know before believing the picture. Axes are in units of the norm of the weights.
+    `axes`: "random" directions, normalised per "filter", "layer" or as a "whole", of `seeds` seeds from `seed` on; the top two "eigenvectors" of the Hessian, unit vectors as they are; "gradient" and top eigenvector ·
+    samples at Chebyshev points are refined, and the plane is cut where the loss is not smooth, until the error on points never used is below `tol` of the range; the picture is then drawn at any `resolution`. What is not
+    finite stays a hole · `statistics`: BatchNorm's "frozen" at those of the plane's origin, or "reestimated" at every point · `examples`: a random sample of the data, or "enough" for a standard error below `tol` of the range ·
+    `store`: a file of samples, from which a killed job goes on and a finer one begins.
+    `first_axis`, `second_axis`: the loss along the axes; `quadratic`: the model from two products; `basins`: minima with their depth, against the errors of data and picture; `points`: where networks lie, and how far from the
+    plane; `faithful`: what to know before believing the picture; with several seeds `directions` (mean and standard error over all axes), `spread` (standard deviation between planes), `seeds`. Axes are in units of the norm of the weights.
     """
-    _check(points, plane, axes, normalisation, span, resolution, tol, statistics)
-    objective = subject.objective
-    chosen, marks = _plane(subject, points, plane, axes, normalisation, seed)
-    results: dict[str, Result] = {}
+    _check(points, plane, axes, normalisation, span, resolution, tol, statistics, examples, seeds)
+    planes, marks = _planes(subject, points, plane, axes, normalisation, range(seed, seed + seeds))
+    objective = sampled_data(subject.objective, planes[0], examples, span=span, tol=tol, seed=seed)
+    pictures: list[Picture] = []
     with progress_bar(subject.progress, "surface", unit="point") as report:
-        samples = Samples(objective, chosen, statistics, Path(store) if store else None, lambda count: report(count, max(count, 100), ""))
-        picture = draw(samples, span=span, resolution=resolution, tol=tol, most=max_evaluations, seed=seed, label="loss")
-    error = 0.0 if picture.direct else picture.sampled.error / picture.sampled.spread if picture.sampled.spread else 0.0
-    rows: list[dict[str, Any]] = [
-        {"quantity": "error of the picture, share of its range", "value": error}, {"quantity": "cosine between the axes", "value": chosen.cosine},
-        {"quantity": "share of the first axis in biases and norms", "value": _flat_share(subject, chosen)},
-    ]  # fmt: skip
-    results["surface"] = picture.surface
-    if statistics == "frozen":
-        here = objective.at(chosen.origin)
-        op = subject.hessian() if not points and plane is None else None
-        if op is not None:
-            results["quadratic"], radius, bends = quadratic_model(op, here, chosen, picture.surface)
-            rows += [{"quantity": "radius at which the quadratic model fails", "value": radius}, {"quantity": "curvature along the first axis", "value": bends[0]}, {"quantity": "curvature along the second axis", "value": bends[1]}]
-    if "quadratic" not in results:
-        subject.missing["quadratic"] = "it is the Hessian's at the own point, with running statistics as they are"
-    results["basins"] = Table(rows=basin_rows(picture.surface), x="s", y="depth", label="minima in the plane")
+        for chosen in planes:
+            before = sum(picture.surface.evaluations for picture in pictures)
+            samples = Samples(objective, chosen, statistics, Path(store) if store else None, partial(_tell, report, before, 100 * seeds))
+            pictures.append(draw(samples, span=span, resolution=resolution, tol=tol, most=max_evaluations, seed=seed, whole=subject.objective))
+    picture, chosen = pictures[0], planes[0]
+    results: dict[str, Result] = {"surface": picture.surface, "first_axis": picture.slice(0), "second_axis": picture.slice(1)}
+    results |= _models(subject, objective, planes, pictures, own=not points and plane is None and statistics == "frozen", seed=seed)
+    results["basins"] = Table(rows=basin_rows(picture), x="s", y="depth", label="minima in the plane")
     results["points"] = Table(rows=[_mark(subject, chosen, point) for point in marks], x="s", y="t", label="networks in the plane")
-    results["faithful"] = Table(rows=rows, x="quantity", y="value", label="before believing the picture")
+    rows: list[dict[str, Any]] = [
+        {"quantity": "error of the picture, share of its range", "value": picture.sampled.errors[0]},
+        {"quantity": "error of its logarithms, share of their range", "value": picture.sampled.errors[1]}, {"quantity": "points of the picture left out", "value": picture.unknown},
+        {"quantity": "cosine between the axes", "value": chosen.cosine}, {"quantity": "share of the first axis in biases and norms", "value": _flat_share(subject, chosen)},
+    ]  # fmt: skip
+    if picture.surface.error is not None:
+        rows += [
+            {"quantity": "largest standard error of the data, of differences to the middle", "value": float(picture.surface.error[picture.surface.error.isfinite()].max())},
+            {"quantity": "standard error of the data, of the loss in the middle", "value": picture.samples.level_error()},
+        ]
+    model = results.pop("faithful", None)
+    results["faithful"] = Table(rows=rows + (model.rows if isinstance(model, Table) else []), x="quantity", y="value", label="before believing the picture")
     return results
 
 
-def _plane(subject: Subject, points: tuple[Point, ...], plane: Any, axes: Axes, normalisation: Normalisation, seed: int) -> tuple[Plane, list[Point]]:
+def _tell(report: Callable[[int, int, str], None], before: int, expected: int, count: int) -> None:
+    report(before + count, max(before + count, expected), "")
+
+
+def _models(subject: Subject, objective: Objective, planes: Sequence[Plane], pictures: Sequence[Picture], *, own: bool, seed: int) -> dict[str, Result]:
+    """What the Hessian says of planes around the own point, and what several seeds say together."""
+    results: dict[str, Result] = {}
+    rows: list[dict[str, Any]] = []
+    op = None
+    if own:
+        op = subject.hessian() if objective is subject.objective else hessian(objective)
+    else:
+        subject.missing["quadratic"] = "it is the Hessian's at the own point, with running statistics as they are"
+    before = op.products if op is not None else 0
+    for k, (plane, picture) in enumerate(zip(planes, pictures, strict=True)):
+        finite = picture.surface.z[picture.surface.z.isfinite()]
+        row: dict[str, Any] = {"seed": seed + k, "lowest": float(finite.min()), "highest": float(finite.max())} if len(finite) else {"seed": seed + k}
+        if op is not None:
+            model, radius, (first, second) = quadratic_model(op, objective.at(plane.origin), plane, picture.surface)
+            row |= {"radius": radius, "first_curvature": first, "second_curvature": second}
+            results.setdefault("quadratic", model)
+        rows.append(row)
+    if op is not None:
+        subject.shared.elsewhere += op.products - before if objective is not subject.objective else 0
+        names = {"radius": "radius at which the quadratic model fails", "first_curvature": "curvature along the first axis", "second_curvature": "curvature along the second axis"}
+        results["faithful"] = Table(rows=[{"quantity": name, "value": rows[0][key]} for key, name in names.items()])
+    if len(planes) > 1:
+        results["directions"], results["spread"] = over_directions(pictures)
+        results["seeds"] = Table(rows=rows, x="seed", y="highest", label="planes of several seeds")
+    return results
+
+
+def _planes(subject: Subject, points: tuple[Point, ...], plane: Any, axes: Axes, normalisation: Normalisation, seeds: Sequence[int]) -> tuple[list[Plane], list[Point]]:
     objective = subject.objective
     own = objective.point()
     if plane is not None:
-        return Plane(objective.point(plane.origin), plane.u.to(own.theta), plane.v.to(own.theta)), [own]
+        return [Plane(objective.point(plane.origin), plane.u.to(own.theta), plane.v.to(own.theta))], [own]
     if points:
-        return plane_through(points), list(points)
+        return [plane_through(points)], list(points)
     if axes == "random":
-        return Plane(own, random_direction(objective, seed, normalisation), random_direction(objective, seed + 1_000_003, normalisation)), [own]
+        return [Plane(own, random_direction(objective, seed, normalisation), random_direction(objective, seed + 1_000_003, normalisation)) for seed in seeds], [own]
     vectors = subject.spectrum().top.vectors
     assert vectors is not None  # they go only when a record is stored
     if axes == "eigenvectors":
-        return Plane(own, vectors[:, 0].to(own.theta), vectors[:, 1].to(own.theta)), [own]
+        return [Plane(own, vectors[:, 0].to(own.theta), vectors[:, 1].to(own.theta))], [own]
     g = subject.gradient()
-    return Plane(own, (g / g.norm()).to(own.theta), vectors[:, 0].to(own.theta)), [own]
+    return [Plane(own, (g / g.norm()).to(own.theta), vectors[:, 0].to(own.theta))], [own]
 
 
 def _mark(subject: Subject, plane: Plane, point: Point) -> dict[str, Any]:
@@ -100,7 +138,7 @@ def _flat_share(subject: Subject, plane: Plane) -> float:
     return sum(float(part.double().norm()) ** 2 for part in parts if part.ndim < 2) / total if total else 0.0
 
 
-def _check(points: tuple[Point, ...], plane: Any, axes: Any, normalisation: Any, span: float, resolution: int, tol: float, statistics: Any) -> None:
+def _check(points: tuple[Point, ...], plane: Any, axes: Any, normalisation: Any, span: float, resolution: int, tol: float, statistics: Any, examples: Any, seeds: Any) -> None:
     if len(points) not in (0, 3):
         raise TypeError(f"surface takes no network (a plane around the own point) or three, got {len(points)}.")
     if points and plane is not None:
@@ -111,4 +149,7 @@ def _check(points: tuple[Point, ...], plane: Any, axes: Any, normalisation: Any,
         raise ValueError(f"surface(axes={axes!r}, normalisation={normalisation!r}): choose axes from {get_args(Axes)}, normalisation from {get_args(Normalisation)}.")
     if not span > 0 or resolution < 3 or not tol > 0:
         raise ValueError(f"surface(span={span}, resolution={resolution}, tol={tol}) needs positive numbers, and 3 points a side at least.")
+    if not isinstance(seeds, int) or seeds < 1 or (seeds > 1 and (points or plane is not None or axes != "random")):
+        raise ValueError(f"surface(seeds={seeds!r}) needs a number from 1, and more than 1 only for random axes, which are what a seed draws.")
+    check_examples("surface", examples)
     check_policy("surface", statistics)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from ..results import Surface
+from ..results import WIDE, Surface
 from .figures import array
 from .theme import GRID, NEUTRAL, Drawing, Floats, Series, layout, named, plain, sentence
 
@@ -18,7 +18,7 @@ def draw_surfaces(series: Sequence[Series]) -> list[Drawing]:
     """For each surface its contours and a 3-D view; all share one colour scale, logarithmic where the range is wide."""
     values = np.concatenate([array(s.result.z).ravel() for s in series])
     finite = values[np.isfinite(values)]
-    log = bool(finite.size and finite.min() > 0 and finite.max() > 30 * finite.min())
+    log = bool(finite.size and finite.min() > 0 and finite.max() > WIDE * finite.min())
     height = np.log10(finite) if log else finite
     limits = (float(height.min()), float(height.max())) if height.size else (0.0, 1.0)
     limits = limits if limits[0] < limits[1] else (limits[0] - 0.5, limits[1] + 0.5)
@@ -71,7 +71,7 @@ def _contours(s: Series, limits: tuple[float, float], log: bool, title: str) -> 
         )
     figure.update_xaxes(title_text=plain(surface.xlabel), showgrid=False, zeroline=False)
     figure.update_yaxes(title_text=plain(surface.ylabel), showgrid=False, zeroline=False)
-    notes = [f"{surface.evaluations:,} evaluations of the loss." if surface.evaluations else "", "Logarithmic colours." if log else ""]
+    notes = [f"{surface.evaluations:,} evaluations of the loss." if surface.evaluations else "", "Logarithmic colours." if log else "", f"{sentence(surface.note)}." if surface.note else ""]
     return Drawing(figure, " ".join(filter(None, notes)), title=title, size=420)
 
 
