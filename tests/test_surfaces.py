@@ -149,6 +149,18 @@ class TestGrids:
         assert torch.allclose(f.at(torch.tensor([3.0, 2.0], **DOUBLE), torch.tensor([0.0, 2.0], **DOUBLE)), torch.stack([z[1, 0], z[0, 2]]))
 
 
+    def test_a_picture_that_is_not_good_enough_says_what_to_do(self):
+        net = nn.Linear(4, 3, **DOUBLE)
+        rough = lambda output, target: output.mean() + (1e5 * output.mean()).sin()
+        objective = og.Objective(net, rough, (torch.ones(8, 4, **DOUBLE), torch.zeros(8, 3, **DOUBLE)))
+        record = og.measure(objective, "surface", max_evaluations=200)
+        assert facts(record)["error asked for was reached"] is False and "raise max_evaluations" in record.says
+        points = [objective.at(objective.theta + k * flat(k, objective.size)).point() for k in range(3)]
+        assert "raise max_evaluations" in og.measure(objective, "trajectory", *points, max_evaluations=200).says
+        calm = og.measure(loss_cases()["cross-entropy"].objective(100), "surface", resolution=5)
+        assert facts(calm)["error asked for was reached"] is True and "raise" not in calm.says
+
+
 class TestManyPointsPerBatch:
     @pytest.mark.parametrize("name", ["cross-entropy", "sum", "ignored class", "ignored tokens, dicts", "counted lambda", "batch loss"])
     def test_losses_are_those_of_one_point_at_a_time_to_the_bit(self, name):

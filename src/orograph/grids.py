@@ -254,7 +254,7 @@ def _estimate(fine: Interpolant, checks: Tensor, scale: Scale) -> Tensor:
     r"""(2,) $2.2 \sqrt{c h}$ (for logarithms $3 \sqrt{c h}$) of the largest error c on fresh points, a few, and the largest h of the grid of half as many intervals on this one's points, which are many.
 
     Neither alone tells the largest error: c sees too little of the square, h is another grid's. Over 356 squares of 24 networks the largest error on 51 x 51 points was at most 2.4 times
-    their geometric mean (1.2 to 1.5 times in 97 of 100), and up to 12 times c.
+    their geometric mean (1.2 to 1.5 times in 97 of 100), and up to 12 times c. On 116 planes of 24 other networks the finished estimate held at every point of the picture; `make evidence-5` looks at 40 more.
     """
     found = torch.tensor(SAFETY, dtype=torch.float64) * (checks * torch.minimum(_missed(fine, 2, scale), BLIND * checks)).sqrt()
     found = found + 8 * EPSILON * float(fine.values.abs().max()) / scale.spread  # of the values themselves

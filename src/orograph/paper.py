@@ -66,8 +66,10 @@ def _contours(figure: Any, surface: Surface, marks: Sequence[dict[str, Any]]) ->
         s, t = [row["s"] for row in places], [row["t"] for row in places]
         way = all("step" in row for row in places)
         axes.plot(s, t, color=MAGENTA, linestyle="-" if way else "", linewidth=1, marker="o", markersize=3 if way else 4.5, markeredgecolor="white", markeredgewidth=0.6, clip_on=False)
-        for row in places if len(places) <= NAMED and not way else ():
-            axes.annotate(str(row.get("name", "")), (row["s"], row["t"]), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7, color="white")
+        named = (places[0], places[-1]) if way else places if len(places) <= NAMED else ()  # of a way its ends
+        for row in named:
+            axes.annotate(str(row.get("name", row.get("step", ""))), (row["s"], row["t"]), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7, color="white")
+    axes.locator_params(nbins=5)
     axes.set_xlabel(surface.xlabel)
     axes.set_ylabel(surface.ylabel)
 
@@ -78,6 +80,8 @@ def _relief(figure: Any, surface: Surface, marks: Sequence[dict[str, Any]]) -> N
     heights = np.ma.log10(z) if surface.wide else z
     drawn = axes.plot_surface(*np.meshgrid(x, y), heights.filled(np.nan), cmap="viridis", rcount=len(y), ccount=len(x), linewidth=0, antialiased=True)
     drawn.set_edgecolor("face")  # or fine white lines show between the patches of an SVG
+    axes.set_box_aspect(None, zoom=0.86)  # or the labels leave the figure
+    axes.locator_params(nbins=5)
     axes.set_xlabel(surface.xlabel, fontsize=7)
     axes.set_ylabel(surface.ylabel, fontsize=7)
     axes.set_zlabel(f"log10 {surface.label}" if surface.wide else surface.label, fontsize=7)

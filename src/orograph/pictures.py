@@ -50,7 +50,7 @@ class Picture:
         lost = torch.nonzero(y.isnan())[:, 0]
         places = [(float(x[i]), 0.0) if axis == 0 else (0.0, float(x[i])) for i in lost]
         y[lost] = torch.tensor(self.samples.losses(places), dtype=torch.float64)
-        return Curve(x=x, y=y, label="loss", xlabel=self.surface.ylabel if axis else self.surface.xlabel, ylabel="loss")
+        return Curve(x=x, y=y, label=f"loss along the {('first', 'second')[axis]} axis", xlabel=self.surface.ylabel if axis else self.surface.xlabel, ylabel="loss")
 
 
 def draw(samples: Samples, *, span: float, resolution: int, tol: float, most: int, seed: int, whole: Objective | None = None) -> Picture:

@@ -36,7 +36,7 @@ class Plane:
         step = (theta_of(place) - theta_of(self.origin)).double()
         basis = torch.stack([self.u, self.v], dim=1).double()
         found = torch.linalg.lstsq(basis, step[:, None]).solution[:, 0]
-        return float(found[0]), float(found[1]), float((step - basis @ found).norm())
+        return float(found[0]) + 0.0, float(found[1]) + 0.0, float((step - basis @ found).norm())
 
     @property
     def cosine(self) -> float:

@@ -25,12 +25,15 @@ def _says(results: Results) -> str:
     s, table = results["surface"], results["faithful"]
     assert isinstance(s, Surface) and isinstance(table, Table)
     rows = {row["quantity"]: row["value"] for row in table.rows}
+    finite = s.z[s.z.isfinite()]
+    if not len(finite):
+        return "The loss is finite nowhere in this plane."
     radius = rows.get("radius at which the quadratic model fails", math.nan)
     model = f" The quadratic model holds to a distance of {radius:.2g} from the middle." if math.isfinite(radius) else ""
-    return (
-        f"Over this plane the loss goes from {float(s.z[s.z.isfinite()].min()):.3g} to {float(s.z[s.z.isfinite()].max()):.3g}, drawn from {s.evaluations} evaluations; "
-        f"{rows['error of the picture, share of its range']:.1%} of that range is the picture's own error.{model}"
-    )
+    error = rows["error of the picture, share of its range"]
+    own = f"{error:.1%} of that range is the picture's own error" if math.isfinite(error) else f"{rows['points of the picture left out']} points are left out"
+    short = "" if rows["error asked for was reached"] else " Evaluations ran out before the error asked for was reached: raise max_evaluations, or ask for less (tol)."
+    return f"Over this plane the loss goes from {float(finite.min()):.3g} to {float(finite.max()):.3g}, drawn from {s.evaluations} evaluations; {own}.{short}{model}"
 
 
 @probe(says=_says)
@@ -63,7 +66,8 @@ def surface(
     results["points"] = Table(rows=[_mark(subject, chosen, point) for point in marks], x="s", y="t", label="networks in the plane")
     rows: list[dict[str, Any]] = [
         {"quantity": "error of the picture, share of its range", "value": picture.sampled.errors[0]},
-        {"quantity": "error of its logarithms, share of their range", "value": picture.sampled.errors[1]}, {"quantity": "points of the picture left out", "value": picture.unknown},
+        {"quantity": "error of its logarithms, share of their range", "value": picture.sampled.errors[1]},
+        {"quantity": "error asked for was reached", "value": picture.sampled.converged}, {"quantity": "points of the picture left out", "value": picture.unknown},
         {"quantity": "cosine between the axes", "value": chosen.cosine}, {"quantity": "share of the first axis in biases and norms", "value": _flat_share(subject, chosen)},
     ]  # fmt: skip
     if picture.surface.error is not None:

@@ -23,7 +23,8 @@ def _says(results: Results) -> str:
     rows = {row["quantity"]: row["value"] for row in faithful.rows}
     doubtful = [row for row in table.rows if row["doubtful"]]
     trust = f"do not trust the picture at {len(doubtful)} of {len(table.rows)} points, where the plane misleads" if doubtful else "at every point the plane tells the loss about right"
-    return f"The plane holds {rows['explained variance']:.0%} of the variance of {len(table.rows)} points: {trust}."
+    short = "" if rows["error asked for was reached"] else " Evaluations of the surface ran out before the error asked for was reached: raise max_evaluations, or ask for less (tol)."
+    return f"The plane holds {rows['explained variance']:.0%} of the variance of {len(table.rows)} points: {trust}.{short}"
 
 
 @probe(says=_says)
@@ -56,7 +57,7 @@ def trajectory(
         rows.append({"step": step, "name": point.label, "s": s, "t": t, "loss": loss, "in_plane_loss": shadow, "residual": off, "doubtful": bool(doubtful)})
     faithful: list[dict[str, Any]] = [
         {"quantity": "explained variance", "value": sum(variances)}, {"quantity": "first component", "value": variances[0]}, {"quantity": "second component", "value": variances[1]},
-        {"quantity": "error of the picture, share of its range", "value": picture.sampled.errors[0]},
+        {"quantity": "error of the picture, share of its range", "value": picture.sampled.errors[0]}, {"quantity": "error asked for was reached", "value": picture.sampled.converged},
     ]  # fmt: skip
     return {
         "surface": picture.surface, "path": Table(rows=rows, x="step", y="loss", label="the way through the plane"),
