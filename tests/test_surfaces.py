@@ -273,6 +273,7 @@ class TestTopology:
         z = (x[:, None] ** 2 - 1) ** 2 + 0.3 * x[:, None] + x[None] ** 2
         deepest, other = basins_of(z)
         assert deepest.persistence == math.inf and float(x[deepest.minimum[0]]) == pytest.approx(-1.0, abs=0.1) and float(x[other.minimum[0]]) == pytest.approx(1.0, abs=0.1)
+        assert other.into == deepest.minimum and deepest.into is None
         assert abs(float(x[other.pass_[1]])) < 1e-12 and other.persistence == pytest.approx(float(z[:, 40][20:61].max() - other.value), abs=0.05)
 
     @pytest.mark.parametrize("seed", range(20))
@@ -280,7 +281,7 @@ class TestTopology:
         z = torch.rand(9, 8, generator=torch.Generator().manual_seed(seed), **DOUBLE)
         if seed % 4 == 0:
             z[2, 3] = math.nan
-        found = sorted((b.value, b.persistence) for b in basins_of(z))
+        found = sorted((b.value, b.persistence, float(z[b.into]) if b.into else math.inf) for b in basins_of(z))
         assert torch.allclose(torch.tensor(found), torch.tensor(sorted(brute_force(z))), atol=1e-12)
 
 
@@ -310,9 +311,9 @@ def brute_force(z):
                 lowest = min(members, key=lambda place: float(z[place]))
                 alive[lowest] = float(z[lowest])
             for value, place in inside[1:]:
-                pairs.append((value, level - value))
+                pairs.append((value, level - value, inside[0][0]))
                 del alive[place]
-    return pairs + [(value, math.inf) for value in alive.values()]
+    return pairs + [(value, math.inf, math.inf) for value in alive.values()]
 
 
 class TestTrajectory:

@@ -120,10 +120,11 @@ def basin_rows(picture: Picture) -> list[dict[str, Any]]:
     surface, rows = picture.surface, []
     for basin in basins_of(surface.z)[:12]:
         i, j = basin.minimum
-        doubt = 0.0
+        doubt, way = 0.0, {}
         if basin.pass_ is not None:
+            way = {"pass_s": float(surface.x[basin.pass_[0]]), "pass_t": float(surface.y[basin.pass_[1]])}
             doubt = 2 * picture.error + (0.0 if surface.error is None else 1.96 * math.hypot(float(surface.error[i, j]), float(surface.error[basin.pass_])))
-        rows.append({"s": float(surface.x[i]), "t": float(surface.y[j]), "loss": basin.value, "depth": basin.persistence, "significant": bool(basin.persistence > doubt)})
+        rows.append({"s": float(surface.x[i]), "t": float(surface.y[j]), "loss": basin.value, "depth": basin.persistence, "significant": bool(basin.persistence > doubt)} | way)
     return rows
 
 

@@ -11,12 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Basin:
-    """A local minimum at grid point `minimum`, the `pass_` over which it meets a deeper one, and how deep it is: loss of the pass minus its own (inf for the deepest)."""
+    """A local minimum at grid point `minimum`, the `pass_` over which it meets a deeper one, `into`, and how deep it is: loss of the pass minus its own (inf for the deepest)."""
 
     minimum: tuple[int, int]
     value: float
     pass_: tuple[int, int] | None
     persistence: float
+    into: tuple[int, int] | None = None  # its parent in the merge tree, by minimum
 
 
 def basins_of(z: Tensor) -> list[Basin]:
@@ -40,19 +41,14 @@ def basins_of(z: Tensor) -> list[Basin]:
         value = float(flat[i])
         if math.isnan(value):
             continue
-        parent[i] = i
         r, c = divmod(i, columns)
         near = [(r + dr) * columns + c + dc for dr in (-1, 0, 1) for dc in (-1, 0, 1) if (dr or dc) and 0 <= r + dr < rows and 0 <= c + dc < columns]
-        for j in near:
-            if j not in parent:
-                continue
-            a, b = root(i), root(j)
-            if a == b:
-                continue
-            low, high = (a, b) if (float(flat[a]), a) <= (float(flat[b]), b) else (b, a)
-            if float(flat[high]) < value:  # a basin of its own, which ends here
-                found[high] = Basin(divmod(high, columns), float(flat[high]), (r, c), value - float(flat[high]))
-            parent[high] = low
+        meeting = sorted({root(j) for j in near if j in parent}, key=lambda a: (float(flat[a]), a))
+        parent[i] = meeting[0] if meeting else i
+        for high in meeting[1:]:  # all end in the deepest of them
+            if float(flat[high]) < value:  # a basin of its own, and no plateau
+                found[high] = Basin(divmod(high, columns), float(flat[high]), (r, c), value - float(flat[high]), divmod(meeting[0], columns))
+            parent[high] = meeting[0]
     for i in {root(i) for i in parent}:
         found[i] = Basin(divmod(i, columns), float(flat[i]), None, math.inf)
     return sorted(found.values(), key=lambda basin: (-basin.persistence, basin.value, basin.minimum))
