@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from orograph import Objective, Point, Record, Surface, Table, measure
-from orograph.grids import sample_square
+from orograph.pictures import draw
 from orograph.planes import Normalisation, Plane, plane_through, principal_plane, random_direction
 from orograph.samples import Samples
 from orograph.studies.networks import GPT, cnn, mlp
@@ -107,10 +107,10 @@ def other_planes() -> list[Row]:
 def _held(objective: Objective, plane: Plane, span: float) -> tuple[bool, float, float, int]:
     """Whether the stated errors of values and of logarithms hold at every point of the picture; the error, the one stated, and evaluations."""
     samples = Samples(objective, plane, "frozen")
-    sampled = sample_square(samples.losses, span, resolution=51, tol=0.01, most=3500, seed=0)
-    spent, x = len(sampled.seen), sampled.axis.tolist()
+    picture = draw(samples, span=span, resolution=51, tol=0.01, most=3500, seed=0)
+    spent, x, sampled = samples.evaluations, picture.surface.x.tolist(), picture.sampled
     truth = torch.tensor(samples.losses([(s, t) for s in x for t in x]), dtype=torch.float64).view(51, 51)
-    found = sampled.scale().worst(sampled.grid(lambda place: samples.found[place][0]), truth)
+    found = sampled.scale().worst(picture.surface.z, truth)
     held = all(float(one) <= stated + 1e-12 for one, stated in zip(found, sampled.errors, strict=True))
     return held, float(found[0]), max(sampled.errors[0], 1e-12), spent
 

@@ -118,7 +118,7 @@ class TestGrids:
             "walled": (lambda s, t: math.inf if s > 0.9 else s**2, 1200), "corner": (lambda s, t: 1e6 * max(0.0, s + t - 1.5) ** 3 + s * s + t * t + 0.1, 1000), "flat": (lambda s, t: 3.0, 40),
         }[name]  # fmt: skip
         asked = []
-        found = sample_square(lambda places: [asked.append(place) or f(*place) for place in places], 1.0, resolution=51, tol=0.01, most=3500, seed=0)
+        found = sample_square(lambda places: [asked.append(place) or f(*place) for place in places], resolution=51, tol=0.01, most=3500, seed=0)
         z, x = found.grid(lambda place: f(*place)), found.axis.tolist()
         truth = torch.tensor([[f(s, t) for t in x] for s in x], **DOUBLE)
         worst = found.scale().worst(z[truth.isfinite()], truth[truth.isfinite()])
@@ -128,14 +128,14 @@ class TestGrids:
 
     def test_where_evaluations_run_out_the_error_says_so(self):
         noise = lambda places: [math.sin(1e4 * s) * math.cos(3e4 * t) for s, t in places]
-        found = sample_square(noise, 1.0, resolution=51, tol=0.01, most=500, seed=0)
+        found = sample_square(noise, resolution=51, tol=0.01, most=500, seed=0)
         assert len(found.seen) <= 500 and not found.converged and found.errors[0] > 0.1
-        holes = sample_square(lambda places: [math.nan if s > 0 else s for s, _ in places], 1.0, resolution=51, tol=0.01, most=200, seed=0)
+        holes = sample_square(lambda places: [math.nan if s > 0 else s for s, _ in places], resolution=51, tol=0.01, most=200, seed=0)
         assert math.isnan(holes.errors[0]) and not holes.converged
 
     def test_logarithms_count_where_a_picture_is_wide(self):
         f = lambda s, t: 1e-3 + s**4 + 30 * max(0.0, t) ** 4  # within 1 % of its range anything will do near the minimum
-        found = sample_square(lambda places: [f(*place) for place in places], 1.0, resolution=21, tol=0.01, most=3500, seed=0)
+        found = sample_square(lambda places: [f(*place) for place in places], resolution=21, tol=0.01, most=3500, seed=0)
         z, x = found.grid(lambda place: f(*place)), found.axis.tolist()
         truth = torch.tensor([[f(s, t) for t in x] for s in x], **DOUBLE)
         assert bool((z > 0).all()) and float((z.log() - truth.log()).abs().max()) <= 0.05 * math.log(float(truth.max() / truth.min()))
@@ -346,8 +346,30 @@ class TestStore:
         assert first.evaluations > 0 and second.evaluations == 0 and torch.equal(first.z, second.z)
         lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
         assert len(lines) == first.evaluations + finer.evaluations
+        smoothed = og.Objective(objective.recipe.model, nn.CrossEntropyLoss(label_smoothing=0.2), loss_cases()["cross-entropy"].data)
+        assert smoothed.fingerprints() == objective.fingerprints()
+        assert og.measure(smoothed, "surface", tol=0.05, store=store)["surface"].evaluations > 0  # another loss of the same network on the same data
         other = og.measure(objective.at(objective.theta + 1), "surface", tol=0.05, store=store)["surface"]
         assert other.evaluations > 0  # another network's samples are no samples of this one
+
+    def test_samples_of_other_frozen_weights_are_not_taken(self, tmp_path):
+        x, y = torch.randn(20, 3, **DOUBLE), torch.arange(20) % 2
+        for k in range(2):  # the same parameters under study, other weights below them, and by chance nearly the same loss
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+            with torch.no_grad():
+                net[0].weight.add_(1e-7 * k)
+            objective = og.Objective(net, nn.CrossEntropyLoss(), (x, y), params="2.*")
+            assert og.measure(objective, "surface", resolution=5, store=str(tmp_path / "s.jsonl"))["surface"].evaluations == 25
+
+    @pytest.mark.parametrize("span", [1e-6, 0.3, 1e6])
+    def test_any_span_has_its_surface(self, span):
+        f = lambda s, t: 3 + (s / span) ** 4 - 2 * (s / span) * (t / span)
+        weights = nn.ParameterDict({"w": torch.zeros(2, **DOUBLE)})
+        objective = og.Objective.from_batch_loss(weights, lambda model, batch: (f(model["w"][0], model["w"][1]), 1.0), [torch.zeros(1)])
+        plane = og.Plane(objective.point(), torch.tensor([1.0, 0.0], **DOUBLE), torch.tensor([0.0, 1.0], **DOUBLE))
+        surface = og.measure(objective, "surface", plane=plane, span=span)["surface"]
+        assert surface.evaluations <= 100 and torch.allclose(surface.z, f(surface.x[:, None], surface.y[None]), rtol=1e-9)
 
     def test_an_unfinished_line_is_no_sample(self, tmp_path):
         objective = loss_cases()["cross-entropy"].objective(100)

@@ -1,4 +1,4 @@
-r"""A function on a square from few evaluations: Chebyshev points, more of them where it is smooth, smaller squares where it is not.
+r"""A function on [-1, 1]^2 from few evaluations: Chebyshev points, more of them where it is smooth, smaller squares where it is not.
 
 A square is sampled at nested grids (5, 9, 17 points a side) until points that were never used are met: some at random, some where the grid and a coarser one within it disagree most.
 Where more points do not help (a kink, a wall, a value that is not finite) it is cut in four, and where a polynomial would cost more than the points of the picture that lie in
@@ -97,9 +97,8 @@ class Square:
 
 @dataclass
 class Sampled:
-    """A function on [-span, span]^2 as squares with their interpolants, for a picture of `resolution` points a side."""
+    """A function on [-1, 1]^2 as squares with their interpolants, for a picture of `resolution` points a side."""
 
-    span: float
     resolution: int
     tol: float
     seed: int
@@ -109,7 +108,7 @@ class Sampled:
     @property
     def axis(self) -> Tensor:
         """The picture's coordinates (resolution,), the same on both axes."""
-        return torch.tensor([rounded(x) for x in torch.linspace(-self.span, self.span, self.resolution, dtype=torch.float64).tolist()], dtype=torch.float64)
+        return torch.tensor([rounded(x) for x in torch.linspace(-1, 1, self.resolution, dtype=torch.float64).tolist()], dtype=torch.float64)
 
     @property
     def errors(self) -> tuple[float, float]:
@@ -200,18 +199,18 @@ class Sampled:
         return replace(square, interpolant=candidates[best], errors=(float(errors[best][0]), float(errors[best][1])))
 
 
-def sample_square(evaluate: Evaluate, span: float, *, resolution: int, tol: float, most: int, seed: int) -> Sampled:
+def sample_square(evaluate: Evaluate, *, resolution: int, tol: float, most: int, seed: int) -> Sampled:
     """Refine until the error estimated is below `tol` of the range everywhere, or `most` evaluations would be passed.
 
     All places of a round are asked for at once. The first square is always sampled, at the cost of about 33 evaluations, or as many as the picture has points.
     """
-    sampled = Sampled(span, resolution, tol, seed)
+    sampled = Sampled(resolution, tol, seed)
 
     def see(places: Iterable[Place]) -> None:
         wanted = sampled.unseen(places)
         sampled.seen.update(zip(wanted, evaluate(wanted), strict=True))
 
-    whole = Square((0.0, 0.0), span)
+    whole = Square((0.0, 0.0), 1.0)
     step = [replace(whole, direct=True)] if resolution**2 <= sampled.cost([whole]) else [whole]
     while step:
         see(place for square in step for place in (sampled.points_in(square) if square.direct else square.nodes()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from .linalg.operator import LinearOperator
 from .objective import Objective
 from .planes import Plane
 from .results import Curve, Point, Surface
-from .samples import Samples
+from .samples import Place, Samples
 from .topology import basins_of
 
 FAILS = 0.1  # of the picture's range, by which the quadratic model is off where it counts as failed
@@ -27,9 +27,10 @@ Examples = int | Literal["enough"] | None
 
 @dataclass(frozen=True)
 class Picture:
-    """A surface on an even grid, and how it came about."""
+    """A surface on an even grid, the loss along its two axes, and how both came about."""
 
     surface: Surface
+    slices: tuple[Curve, Curve]
     sampled: Sampled
     samples: Samples
 
@@ -43,28 +44,35 @@ class Picture:
         """Points of the picture that were left out, for want of evaluations."""
         return sum(len(self.sampled.points_in(square)) for square in self.sampled.squares if square.interpolant is None and not square.direct)
 
-    def slice(self, axis: int) -> Curve:
-        """The loss along one of the axes, through the origin of the plane."""
-        x, zero = self.sampled.axis, torch.zeros(self.sampled.resolution, dtype=torch.float64)
-        y = self.sampled.at(*((x, zero) if axis == 0 else (zero, x)))
-        lost = torch.nonzero(y.isnan())[:, 0]
-        places = [(float(x[i]), 0.0) if axis == 0 else (0.0, float(x[i])) for i in lost]
-        y[lost] = torch.tensor(self.samples.losses(places), dtype=torch.float64)
-        return Curve(x=x, y=y, label=f"loss along the {('first', 'second')[axis]} axis", xlabel=self.surface.ylabel if axis else self.surface.xlabel, ylabel="loss")
-
 
 def draw(samples: Samples, *, span: float, resolution: int, tol: float, most: int, seed: int, whole: Objective | None = None) -> Picture:
-    """The loss over a plane at any resolution. `whole`: the objective of all examples, where the samples are of some."""
-    sampled = sample_square(samples.losses, span, resolution=resolution, tol=tol, most=most, seed=seed)
-    z = sampled.grid(lambda place: samples.found[place][0])
-    error = sampled.grid(lambda place: samples.found[place][1], as_sampled=False).clamp(min=0)
+    """The loss over (s, t) in [-span, span]^2 of a plane, at any resolution. `whole`: the objective of all examples, where the samples are of some."""
+
+    def spanned(places: Sequence[Place]) -> list[Place]:
+        return [(span * s, span * t) for s, t in places]
+
+    sampled = sample_square(lambda places: samples.losses(spanned(places)), resolution=resolution, tol=tol, most=most, seed=seed)
+    z = sampled.grid(lambda place: samples.at(spanned([place]))[0][0])
+    error = sampled.grid(lambda place: samples.at(spanned([place]))[0][1], as_sampled=False).clamp(min=0)
+    along = [_along(sampled, axis, lambda places: samples.losses(spanned(places))) for axis in (0, 1)]
+    x = span * sampled.axis
+    names = [f"{name}, in units of {_relative(samples, direction)}" for name, direction in (("s", samples.plane.u), ("t", samples.plane.v))]
+    slices = [Curve(x=x, y=y, label=f"loss along the {order} axis", xlabel=name, ylabel="loss") for y, order, name in zip(along, ("first", "second"), names, strict=True)]
     some = whole is not None and whole.examples > samples.objective.examples
     notes = [f"{samples.objective.examples:,} of {whole.examples:,} examples" if some and whole is not None else "", STATISTICS[samples.statistics] if samples.normed else ""]
     surface = Surface(
-        x=sampled.axis, y=sampled.axis, z=z, error=None if bool(error.isnan().all()) else error, evaluations=samples.evaluations, label="loss", note=", ".join(filter(None, notes)),
-        xlabel=f"s, in units of {_relative(samples, samples.plane.u)}", ylabel=f"t, in units of {_relative(samples, samples.plane.v)}",
+        x=x, y=x, z=z, error=None if bool(error.isnan().all()) else error, evaluations=samples.evaluations, label="loss", note=", ".join(filter(None, notes)), xlabel=names[0], ylabel=names[1],
     )  # fmt: skip
-    return Picture(surface, sampled, samples)
+    return Picture(surface, (slices[0], slices[1]), sampled, samples)
+
+
+def _along(sampled: Sampled, axis: int, losses: Callable[[Sequence[Place]], Sequence[float]]) -> Tensor:
+    """The loss along one of the axes, through the origin of the plane."""
+    x, zero = sampled.axis, torch.zeros(sampled.resolution, dtype=torch.float64)
+    y = sampled.at(*((x, zero) if axis == 0 else (zero, x)))
+    lost = torch.nonzero(y.isnan())[:, 0]
+    y[lost] = torch.tensor(losses([(float(x[i]), 0.0) if axis == 0 else (0.0, float(x[i])) for i in lost]), dtype=torch.float64)
+    return y
 
 
 def _relative(samples: Samples, direction: Tensor) -> str:
@@ -130,7 +138,7 @@ def basin_rows(picture: Picture) -> list[dict[str, Any]]:
 
 def over_directions(pictures: Sequence[Picture]) -> tuple[Curve, Surface]:
     """The mean loss along the axes of several planes with its standard error, and the standard deviation between the planes at every (s, t)."""
-    lines = torch.stack([picture.slice(axis).y for picture in pictures for axis in (0, 1)])
+    lines = torch.stack([picture.slices[axis].y for picture in pictures for axis in (0, 1)])
     first = pictures[0].surface
     mean = Curve(
         x=first.x, y=lines.mean(0), error=lines.std(0) / math.sqrt(len(lines)), label=f"mean loss along {len(lines)} random directions", xlabel=first.xlabel.replace("s, in", "distance, in"), ylabel="loss",

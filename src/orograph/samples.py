@@ -21,12 +21,12 @@ from .objective import Objective
 from .planes import Plane
 from .profiles import difference_sem
 from .renormalise import renormalised_all, running_norms
-from .results import Point
 from .snapshots import fingerprint
 
 SurfaceStatistics = Literal["frozen", "reestimated"]
 Place = tuple[float, float]
 TOGETHER, GROUP_SECONDS = 25, 60.0  # places that go through the data at once
+SAME = 1e-4  # relative difference of a loss that another machine or another number of threads explains
 
 
 @dataclass
@@ -42,28 +42,36 @@ class Samples:
     evaluations: int = 0
     key: str = field(init=False)  # a hash of everything that the losses depend on
     _broken: bool = False  # the file ends in a line of a killed process
-    _centre: PerExample | None = None
+    _origin: tuple[float, PerExample | None] | None = None  # the loss there, and of its examples
     _together: int = 1
 
     def __post_init__(self) -> None:
         self.key = self._hash()
-        if self.path is not None and self.path.exists():
-            text = self.path.read_text()
-            self._broken = bool(text) and not text.endswith("\n")
-            for line in text.splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue  # the last line of a killed process
-                if row.get("key") == self.key:
-                    self.found[row["s"], row["t"]] = row["loss"], row["error"]
+        if self.path is None or not self.path.exists():
+            return
+        text = self.path.read_text()
+        self._broken = bool(text) and not text.endswith("\n")
+        for line in text.splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # the last line of a killed process
+            # no hash knows a user's loss or model code: samples count only where they had the same loss at the origin
+            if row.get("key") == self.key and math.isclose(row["origin"], self.origin[0], rel_tol=SAME):
+                self.found[row["s"], row["t"]] = row["loss"], row["error"]
 
     def _hash(self) -> str:
-        origin = self.plane.origin
-        tensors = [self.plane.u, self.plane.v, origin.theta if isinstance(origin, Point) else origin, *(origin.buffers.values() if isinstance(origin, Point) else ())]
-        own = self.objective.fingerprints()
+        point, own = self.objective.point(self.plane.origin), self.objective.fingerprints()
+        tensors = [self.plane.u, self.plane.v, point.theta, *point.buffers.values(), *point.frozen.values()]
         text = json.dumps([fingerprint(tensors), own["data"], own["parameters"], self.statistics, str(self.objective.dtype), self.objective.mode])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def origin(self) -> tuple[float, PerExample | None]:
+        """The loss at the plane's origin, and that of its examples."""
+        if self._origin is None:
+            self._origin = losses_of(self.objective, [self.objective.point(self.plane.origin)])[0]
+        return self._origin
 
     @property
     def normed(self) -> bool:
@@ -89,26 +97,23 @@ class Samples:
 
     def level_error(self) -> float:
         """Standard error over examples of the loss at the origin itself, by which the whole picture may be too high or too low."""
-        centre = self._centre or losses_of(self.objective, [self.objective.point(self.plane.origin)])[0][1]
         nothing = PerExample(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
-        return math.nan if centre is None else difference_sem(nothing, nothing, centre, 0.5)
+        return math.nan if self.origin[1] is None else difference_sem(nothing, nothing, self.origin[1], 0.5)
 
     def _evaluate(self, group: Sequence[Place]) -> None:
-        before = self.evaluations
-        aside = self._centre is None or not self.objective.terms().batches.ordered  # the examples of two passes that come in another order make no pairs
+        before, origin = self.evaluations, self.origin
         points = [self.objective.point(self.plane(s, t)) for s, t in group]
         if self.statistics == "reestimated":
             points = renormalised_all(self.objective, points)
-        centre = [self.objective.point(self.plane.origin)] if aside else []
-        share = len(group) / (len(group) + len(centre))
-        found = losses_of(self.objective, [*points, *centre], lambda done: self.report(before + int(done * share * len(group))))
-        if aside:
-            self._centre = found.pop()[1]
+        again = [] if self.objective.terms().batches.ordered else [self.objective.point(self.plane.origin)]  # in one pass with the others: examples that come in another order make no pairs
+        share = len(group) / (len(group) + len(again))
+        found = losses_of(self.objective, [*points, *again], lambda done: self.report(before + int(done * share * len(group))))
+        middle = found.pop()[1] if again else origin[1]
         for (s, t), (loss, examples) in zip(group, found, strict=True):
-            error = math.nan if examples is None or self._centre is None else difference_sem(self._centre, self._centre, examples, 0.5)
+            error = math.nan if examples is None or middle is None else difference_sem(middle, middle, examples, 0.5)
             self.found[s, t] = loss, error
             if self.path is not None:
-                self._append({"key": self.key, "s": s, "t": t, "loss": loss, "error": error})
+                self._append({"key": self.key, "origin": origin[0], "s": s, "t": t, "loss": loss, "error": error})
         self.evaluations = before + len(group)
         self.report(self.evaluations)
 

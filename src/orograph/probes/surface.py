@@ -60,7 +60,7 @@ def surface(
             samples = Samples(objective, chosen, statistics, Path(store) if store else None, partial(_tell, report, before, 100 * seeds))
             pictures.append(draw(samples, span=span, resolution=resolution, tol=tol, most=max_evaluations, seed=seed, whole=subject.objective))
     picture, chosen = pictures[0], planes[0]
-    results: dict[str, Result] = {"surface": picture.surface, "first_axis": picture.slice(0), "second_axis": picture.slice(1)}
+    results: dict[str, Result] = {"surface": picture.surface, "first_axis": picture.slices[0], "second_axis": picture.slices[1]}
     results |= _models(subject, objective, planes, pictures, own=not points and plane is None and statistics == "frozen", seed=seed)
     results["basins"] = Table(rows=basin_rows(picture), x="s", y="depth", label="minima in the plane")
     results["points"] = Table(rows=[_mark(subject, chosen, point) for point in marks], x="s", y="t", label="networks in the plane")
@@ -72,7 +72,7 @@ def surface(
     ]  # fmt: skip
     if picture.surface.error is not None:
         rows += [
-            {"quantity": "largest standard error of the data, of differences to the middle", "value": float(picture.surface.error[picture.surface.error.isfinite()].max())},
+            {"quantity": "largest standard error of the data, of differences to the middle", "value": float(picture.surface.error.nan_to_num(nan=0.0, posinf=math.inf).max())},
             {"quantity": "standard error of the data, of the loss in the middle", "value": picture.samples.level_error()},
         ]
     model = results.pop("faithful", None)
