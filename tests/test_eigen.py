@@ -113,6 +113,38 @@ def test_power_iteration_agrees_and_its_stall_is_seen():
     assert stalled.status == "budget-limited" and float(stalled.residuals[0]) > 0.1
 
 
+@pytest.mark.parametrize("which", ENDS)
+@pytest.mark.parametrize("name", [n for n in SPECTRA if n != "geometric"])
+def test_lobpcg_finds_what_the_dense_matrix_has(name, which):
+    values = SPECTRA[name]
+    op = planted(values)
+    pairs = eigenpairs(op, 5, which=which, method="lobpcg", tol=1e-6)
+    assert pairs.products == op.products
+    expected = expected_pairs(values, 5, which)
+    found, expected = (x.abs() if which == "magnitude" else x for x in (pairs.values, expected))
+    assert float((found - expected).abs().max()) < 1e-11 * float(values.abs().max())
+    assert torch.allclose(pairs.residuals, true_residuals(op, pairs), rtol=1e-3, atol=1e-13) and pairs.missed == 1
+    assert pairs.status == ("noise-limited" if name == "rank-deficient" and which in ("smallest", "both") else "converged")
+
+
+def test_lobpcg_goes_on_from_a_start_and_keeps_its_budget():
+    values = SPECTRA["clustered top"]
+    cold = eigenpairs(planted(values), 3, method="lobpcg", tol=1e-6)
+    warm = eigenpairs(planted(values), 3, method="lobpcg", tol=1e-6, start=cold.vectors)
+    assert warm.products < 0.6 * cold.products and relative(warm.values, cold.values) < 1e-9
+    for which in ENDS:
+        op = planted(values)
+        short = eigenpairs(op, 3, which=which, method="lobpcg", max_products=30, tol=1e-9)
+        assert short.status == "budget-limited" and op.products <= 30
+    with pytest.raises(OrographError, match="larger memory="):
+        eigenpairs(LinearOperator(planted(values).matmat, 300, memory=11 * 5 * 300 * 8), 3, method="lobpcg")
+    for n in (1, 2, 3):
+        tiny = eigenpairs(planted(torch.arange(1, n + 1).double()), n, method="lobpcg")
+        assert relative(tiny.values, torch.arange(n, 0, -1).double()) < 1e-12
+    single = eigenpairs(planted(values, torch.float32), 3, method="lobpcg")
+    assert relative(single.values.double(), values.sort(descending=True).values[:3]) < 1e-5 and single.status == "converged"
+
+
 def test_products_are_counted_and_the_budget_is_kept():
     op = planted(SPECTRA["multiplicities over a bulk"])
     pairs = eigenpairs(op, 4, which="smallest", max_products=30)
