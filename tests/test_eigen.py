@@ -12,6 +12,7 @@ import torch
 
 from orograph import LinearOperator, OrographError, eigenpairs, hessian
 from orograph.linalg.lanczos import Krylov
+from orograph.memory import Meter
 
 from .networks import loss_cases
 from .oracles import expected_pairs, planted, planted_spectra, relative, rotated
@@ -137,7 +138,12 @@ def test_lobpcg_goes_on_from_a_start_and_keeps_its_budget():
         short = eigenpairs(op, 3, which=which, method="lobpcg", max_products=30, tol=1e-9)
         assert short.status == "budget-limited" and op.products <= 30
     with pytest.raises(OrographError, match="larger memory="):
-        eigenpairs(LinearOperator(planted(values).matmat, 300, memory=11 * 5 * 300 * 8), 3, method="lobpcg")
+        eigenpairs(LinearOperator(planted(values).matmat, 300, memory=16 * 5 * 300 * 8), 3, method="lobpcg")
+    n = 20_000
+    diagonal = torch.linspace(1, 3, n)[:, None] ** 3
+    with Meter() as meter:
+        eigenpairs(LinearOperator(lambda V: diagonal * V, n, dtype=torch.float32), 3, which="both", method="lobpcg", max_products=200)
+    assert meter.peak <= 17 * 5 * n * 4
     for n in (1, 2, 3):
         tiny = eigenpairs(planted(torch.arange(1, n + 1).double()), n, method="lobpcg")
         assert relative(tiny.values, torch.arange(n, 0, -1).double()) < 1e-12

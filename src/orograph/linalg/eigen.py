@@ -38,7 +38,7 @@ def eigenpairs(
 
     `which`: "largest" (descending), "smallest" (ascending), "magnitude" (by |value|), or "both": k at each end, 2k in all,
     descending · `method`: "lanczos" (thick restart, full reorthogonalisation), "lobpcg" (a block of k + 2
-    vectors, in the memory of twelve such blocks, 1 to 10 times the products) or "power", the textbook's baseline; with these two nothing is known of eigenvalues that they did not see (`missed` = 1) · `tol`: asked
+    vectors, in the memory of 17 such blocks, 1 to 20 times the products) or "power", the textbook's baseline; with these two nothing is known of eigenvalues that they did not see (`missed` = 1) · `tol`: asked
     residual relative to |value| · `max_products`: budget, default 1000 + 20 per pair · `start` (n,) or (n, j): a guess, such as
     earlier eigenvectors · `checkpoint`: a file from which a killed run continues.
 
