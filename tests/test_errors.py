@@ -57,6 +57,8 @@ def saved(tmp_path, content):
 BAD = {
     "model is no module": (lambda m, f: og.Objective(lambda x: x, CE, (X, Y)), TypeError, "not an nn.Module"),
     "criterion is a class": (lambda m, f: og.Objective(m, nn.CrossEntropyLoss, (X, Y)), TypeError, r"Pass an instance: CrossEntropyLoss\(\)"),
+    "model and criterion swapped": (lambda m, f: og.Objective(nn.MSELoss(), m, (X, Y)), TypeError, "which is a loss. The network comes first"),
+    "NumPy arrays": (lambda m, f: og.Objective(m, nn.MSELoss(), (X.numpy(), Y.numpy())), TypeError, r"NumPy arrays. Pass tensors: \(torch.from_numpy"),
     "criterion is a string": (lambda m, f: og.Objective(m, "mse", (X, Y)), TypeError, "criterion is a str"),
     "criterion returns a vector": (lambda m, f: og.Objective(m, lambda o, t: F.cross_entropy(o, t, reduction="none"), (X, Y)), ValueError, r"returned shape \(40,\), not a scalar"),
     "criterion with reduction none": (lambda m, f: og.Objective(m, nn.CrossEntropyLoss(reduction="none"), (X, Y)), ValueError, "one loss per example"),

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from orograph import Objective, OutOfBudget, eigenpairs, hessian, spectrum, trace
+from orograph import Estimate, Objective, OutOfBudget, eigenpairs, hessian, spectrum, trace
 from orograph.linalg.operator import LinearOperator
 
 from .networks import loss_cases
@@ -143,3 +143,15 @@ def test_objective_needs_no_batches_of_its_own_size():
     case = loss_cases()["cross-entropy"]
     found = [float(spectrum(hessian(Objective(case.model, case.criterion, case.data, batch_size=size)), k=2, rel_error=0.2).top.values[0]) for size in (7, 301)]
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_share_has_an_interval_of_shares():
+    values = torch.cat([torch.full((2,), -5.0), torch.linspace(0.5, 1, 98)]).double()
+    for seed in range(5):
+        share = spectrum(planted(values), k=1, seed=seed).negative_mass
+        lower, upper = share.interval(0.999)
+        assert 0 <= lower <= share.value <= upper <= 1
+    wide = Estimate(value=0.01, sem=0.02, dof=3, least=0.0, most=1.0)
+    assert wide.interval()[0] == 0.0 and wide.interval()[1] == pytest.approx(0.01 + 0.02 * 3.182446, rel=1e-5)
+    both = Estimate(value=torch.tensor([0.01, 0.99]), sem=torch.tensor([0.02, 0.02]), least=0.0, most=1.0).interval()
+    assert float(both[0][0]) == 0.0 and float(both[1][1]) == 1.0

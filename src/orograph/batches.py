@@ -176,6 +176,8 @@ def adapt(data: Any, *, batch_size: int | None, whole: bool, opaque: bool) -> It
     if isinstance(data, Dataset) and not opaque:
         items = len(data) if not isinstance(data, IterableDataset) else None  # type: ignore[arg-type]
         return DataLoader(data, batch_size=batch_size or (items if whole and items else DEFAULT_BATCH))
+    if not opaque and (isinstance(data, np.ndarray) or (isinstance(data, tuple | list) and any(isinstance(part, np.ndarray) for part in data))):
+        raise TypeError("data holds NumPy arrays. Pass tensors: (torch.from_numpy(inputs), torch.from_numpy(targets)).")
     if not isinstance(data, Iterable):
         raise TypeError(f"data is a {type(data).__name__}. Pass (inputs, targets), a Dataset, or an iterable of batches.")
     if isinstance(data, Iterator):

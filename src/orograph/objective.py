@@ -21,7 +21,7 @@ from .linalg.operator import Space
 from .points import copied, differs_outside, read_point, snapshot_point
 from .reading import read_terms
 from .results import Point
-from .snapshots import Snapshot, take_snapshot
+from .snapshots import Snapshot, check_model, take_snapshot
 from .state import Mode
 from .terms import BatchLoss, Count, Forward, Recipe, Terms
 
@@ -67,7 +67,7 @@ class Objective:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_model(model, mode, dtype)
+        check_model(model, mode, dtype)
         model = unwrapped(model)
         place = torch.device(device) if device is not None else None
         recipe = Recipe(model, as_criterion(criterion, model, place, dtype), None, forward, count)
@@ -89,7 +89,7 @@ class Objective:
         `batch_loss(model, batch) -> (total, count)`, and $L = \sum_b total_b / \sum_b count_b$; a bare scalar only where there is one
         batch. Each element of `data` is passed as it is, with gradients enabled. `metrics`: functions of (model, batch).
         """
-        _check_model(model, mode, None)
+        check_model(model, mode, None)
         if not callable(batch_loss):
             raise TypeError(f"batch_loss is a {type(batch_loss).__name__}. Pass batch_loss(model, batch) -> (total, count).")
         model = unwrapped(model)
@@ -273,7 +273,7 @@ class Objective:
         return self.picked(torch.randperm(self.examples, generator=torch.Generator().manual_seed(seed))[:n])
 
     def split(self, parts: int, seed: int) -> list[Objective]:
-        """The same loss on `parts` disjoint random subsets of (nearly) equal size, which together are the whole set."""
+        """The same loss on `parts` disjoint random subsets of (nearly) equal size."""
         if not 2 <= parts <= self.examples:
             raise ValueError(f"split(parts={parts}) needs 2 <= parts <= {self.examples}, the number of examples.")
         return [self.picked(rows) for rows in torch.randperm(self.examples, generator=torch.Generator().manual_seed(seed)).tensor_split(parts)]
@@ -289,12 +289,3 @@ class Objective:
     def state_dict(self, point: Source = None) -> dict[str, Any]:
         """A point as a checkpoint of the model: what `model.state_dict()` would hold there, in the model's own precision."""
         return self.at(point)._snapshot.state_dict()
-
-
-def _check_model(model: Any, mode: Any, dtype: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, not an nn.Module.")
-    if mode not in ("eval", "batch"):
-        raise ValueError(f'mode={mode!r}: choose "eval" (running statistics) or "batch" (BatchNorm on each batch\'s own statistics).')
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype={dtype!r} needs a floating-point torch dtype, such as torch.float64.")

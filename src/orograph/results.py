@@ -31,7 +31,7 @@ class Estimate:
     r"""A number, or a tensor of them, with the error that it is known to.
 
     `value` · `sem`: standard error of the mean (0 for what is computed exactly) · `dof`: degrees of freedom behind `sem` · `skew`:
-    skewness of the error of `value` · `products` spent · `status`.
+    skewness of the error of `value` · `products` spent · `status` · `least`, `most`: what the value cannot pass, nor an interval.
     """
 
     value: float | Tensor
@@ -42,6 +42,8 @@ class Estimate:
     status: Status = "converged"
     label: str = ""
     unit: str = ""
+    least: float = -math.inf
+    most: float = math.inf
 
     def interval(self, level: float = 0.95) -> tuple[float | Tensor, float | Tensor]:
         r"""Lower and upper end of the two-sided interval that contains the true value with probability `level`.
@@ -55,7 +57,9 @@ class Estimate:
         normal = float(stats.norm.ppf(0.5 + level / 2))
         reach = float(stats.t.ppf(0.5 + level / 2, self.dof)) if math.isfinite(self.dof) else normal
         farther = self.skew * (normal**2 + 2) / 12
-        return self.value - (reach + max(-farther, 0.0)) * self.sem, self.value + (reach + max(farther, 0.0)) * self.sem
+        ends = self.value - (reach + max(-farther, 0.0)) * self.sem, self.value + (reach + max(farther, 0.0)) * self.sem
+        lower, upper = (end.clamp(self.least, self.most) if isinstance(end, Tensor) else end if end != end else min(max(end, self.least), self.most) for end in ends)
+        return lower, upper
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
 
 from .errors import OrographError
 from .kernels import plain_kernels
@@ -93,3 +94,15 @@ def take_snapshot(model: nn.Module, params: str | Sequence[str] | None, mode: Mo
     point = snapshot_point(slots, layout, device=device, dtype=dtype, label=type(model).__name__)
     dtypes = tuple(dtype or parameters[name].dtype for name in layout.names)
     return Snapshot(model, slots, layout, mode, dtype, dtypes, tuple(model.modules()), point)
+
+
+def check_model(model: Any, mode: Any, dtype: Any) -> None:
+    """TypeError or ValueError for what is no network, no mode or no precision."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, not an nn.Module.")
+    if isinstance(model, _Loss):
+        raise TypeError(f"model is a {type(model).__name__}, which is a loss. The network comes first: Objective(model, criterion, data).")
+    if mode not in ("eval", "batch"):
+        raise ValueError(f'mode={mode!r}: choose "eval" (running statistics) or "batch" (BatchNorm on each batch\'s own statistics).')
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype={dtype!r} needs a floating-point torch dtype, such as torch.float64.")

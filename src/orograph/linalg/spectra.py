@@ -103,7 +103,7 @@ def _negative_mass(op: LinearOperator, work: OnePass, top: Eigenpairs, bottom: E
     trace, squares, *errors = work.moments
     moved = [_density(op, work, top, bottom, moments).mass(-torch.inf, -floor) for moments in ((trace + errors[0], squares), (trace, squares + errors[1]))]
     sem = math.hypot(float(mass.sem), *(float(other.value) - float(mass.value) for other in moved)) if math.isfinite(float(mass.sem)) else float(mass.sem)
-    return replace(mass, sem=sem, label=f"share of eigenvalues below {-floor:.2g}")
+    return replace(mass, sem=sem, label=f"share of eigenvalues below {-floor:.2g}", least=0.0, most=1.0)
 
 
 def _density(op: LinearOperator, work: OnePass, top: Eigenpairs, bottom: Eigenpairs, moments: Sequence[float]) -> Density:
