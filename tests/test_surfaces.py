@@ -15,8 +15,10 @@ import orograph as og
 from orograph.chebyshev import Interpolant, interpolation_matrix, nodes
 from orograph.crowds import losses_of
 from orograph.grids import Scale, sample_square
+from orograph.pictures import Picture, basin_rows, quadratic_model, sampled_data
 from orograph.planes import plane_through, principal_plane, random_direction
 from orograph.renormalise import renormalised, renormalised_all
+from orograph.samples import Samples
 from orograph.studies.networks import cnn, mlp
 from orograph.topology import basins_of
 
@@ -91,6 +93,9 @@ class TestPlanes:
             assert torch.allclose(plane(s, t).theta, point.theta)
         with pytest.raises(ValueError, match="lie on one line"):
             plane_through([og.Point(theta=k * flat(1, 5)) for k in range(3)])
+        thin = torch.tensor([[0.0, 0.0, 0.0], [10.0, 0.0, 0.0], [5.0, 1e-5, 0.0]], **DOUBLE)
+        narrow = plane_through([og.Point(theta=row) for row in thin])
+        assert float(narrow.v.norm()) == pytest.approx(1.25e-3 * 10)  # no axis is stretched by more than a thousand
 
     def test_principal_plane_is_that_of_a_singular_value_decomposition(self):
         rows = torch.stack([flat(seed, 30) * torch.linspace(3, 0.1, 30, **DOUBLE) for seed in range(6)])
@@ -140,6 +145,18 @@ class TestGrids:
         truth = torch.tensor([[f(s, t) for t in x] for s in x], **DOUBLE)
         assert bool((z > 0).all()) and float((z.log() - truth.log()).abs().max()) <= 0.05 * math.log(float(truth.max() / truth.min()))
         assert float(Scale(1.0, None).worst(torch.tensor([1.5]), torch.tensor([1.0]))[0]) == 0.5 and Scale(1.0, None).worst(torch.zeros(0), torch.zeros(0)).tolist() == [0, 0]
+
+    def test_no_hole_is_interpolated_into_a_logarithmic_picture(self):
+        f = lambda s, t: 1e-4 + s**2 * t**2 + 0.3 * max(0.0, s - 0.2) ** 2
+        found = sample_square(lambda places: [f(*place) for place in places], resolution=41, tol=0.3, most=3500, seed=0)
+        assert found.scale().logarithmic is not None and bool((found.grid(lambda place: f(*place)) > 0).all())
+
+    def test_networks_to_be_marked_are_checks(self):
+        well = lambda s, t: s**2 + t**2 - 3 * math.exp(-((s - 0.31) ** 2 + (t + 0.47) ** 2) / 0.005)
+        blind, seen = (sample_square(lambda places: [well(*place) for place in places], resolution=51, tol=0.01, most=3500, seed=0, also=also) for also in ((), [(0.31, -0.47)]))
+        z, x = seen.grid(lambda place: well(*place)), seen.axis.tolist()
+        truth = torch.tensor([[well(s, t) for t in x] for s in x], **DOUBLE)
+        assert float(seen.scale().worst(z, truth)[0]) <= seen.errors[0] <= 0.01 and len(blind.seen) < len(seen.seen)
 
     def test_an_interpolant_is_not_transposed(self):
         x = nodes(4)
@@ -195,6 +212,21 @@ class TestManyPointsPerBatch:
             surface = og.measure(objective, "surface", statistics=statistics, resolution=5, tol=0.01)["surface"]
             assert surface.evaluations == 25 and len(loads) <= 12 * (12 if statistics == "frozen" else 16)
 
+    def test_examples_that_come_in_another_order_are_paired_all_the_same(self):
+        x, y = torch.randn(60, 4, **DOUBLE), torch.arange(60) % 3
+        net = nn.Linear(4, 3).double()
+        loaders = [torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=16, shuffle=shuffle) for shuffle in (False, True)]
+        ordered, shuffled = (og.measure(og.Objective(net, nn.CrossEntropyLoss(), loader), "surface", resolution=5)["surface"] for loader in loaders)
+        assert torch.allclose(ordered.error, shuffled.error, rtol=1e-9) and float(ordered.error.max()) > 0
+
+    def test_re_estimated_statistics_are_those_that_training_mode_would_keep(self):
+        net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=None), nn.Linear(4, 2)).double()
+        x = torch.randn(30, 3, **DOUBLE)
+        objective = og.Objective(net, nn.CrossEntropyLoss(), (x, torch.arange(30) % 2))
+        found = renormalised(objective)
+        net.train()(x)  # one batch, a cumulative average: its mean and unbiased variance
+        assert torch.allclose(found.buffers["1.running_mean"], net[1].running_mean) and torch.allclose(found.buffers["1.running_var"], net[1].running_var)
+
     def test_running_statistics_are_those_of_one_network_at_a_time(self):
         net = cnn(seed=0, channels=(4, 6)).eval()
         objective = og.Objective(net, nn.CrossEntropyLoss(), (torch.rand(40, 64), torch.arange(40) % 10), batch_size=16)
@@ -235,7 +267,7 @@ class TestSeedsAndSamples:
         some = record["surface"]
         losses = objective.per_example()["loss"].total
         assert facts(record)["standard error of the data, of the loss in the middle"] == pytest.approx(float(losses.std()) / math.sqrt(400), rel=0.2)
-        assert some.note.startswith("400 of 3,000 examples, running statistics of the middle") and whole.note == "running statistics of the middle"
+        assert some.note.startswith("400 of 3,000 examples, running statistics of Sequential") and whole.note == "running statistics of Sequential"
         assert 2 < float(some.error.max() / whole.error.max()) < 4 and float((((some.z - some.z[2, 2]) - (whole.z - whole.z[2, 2])) / some.error.clamp(min=1e-9)).abs().max()) < 4
         enough = og.measure(objective, "surface", resolution=5, examples="enough", tol=0.05)["surface"]
         assert "of 3,000 examples" in enough.note and float(enough.error.max()) <= 1.3 * 0.05 * float(enough.z.max() - enough.z.min())
@@ -265,6 +297,159 @@ def test_losses_that_are_not_finite_stay_holes():
     s = og.measure(objective, "surface", plane=plane, resolution=9)["surface"]
     inside = (s.x[:, None] >= -0.5) & (s.y[None] >= -0.5)
     assert bool(torch.isnan(s.z)[~inside].all()) and bool(torch.isfinite(s.z[inside]).all())
+
+
+def planted(f, n=2):
+    """An objective over n weights w with loss f(w), and the plane of the first two."""
+    weights = nn.ParameterDict({"w": torch.zeros(n, **DOUBLE)})
+    objective = og.Objective.from_batch_loss(weights, lambda model, batch: (f(model["w"]), 1.0), [torch.zeros(1)])
+    u, v = torch.eye(n, **DOUBLE)[:2]
+    return objective, og.Plane(objective.point(), u, v)
+
+
+class TestWhatIsSaid:
+    def test_three_networks_with_statistics_of_their_own_have_their_losses_in_the_picture(self):
+        x, y = torch.randn(90, 6, generator=torch.Generator().manual_seed(0)), torch.arange(90) % 3
+        nets = []
+        for seed in range(3):
+            torch.manual_seed(seed)
+            net = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3))
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
+            for _ in range(60):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(net(3 * seed + x), y).backward()
+                optimizer.step()
+            nets.append(net.eval())
+        objective = og.Objective(nets[0], nn.CrossEntropyLoss(), (x, y), batch_size=90)
+        fresh, frozen = (og.measure(objective, "surface", *nets, resolution=15, statistics=policy) for policy in ("auto", "frozen"))
+        assert fresh["surface"].note == "running statistics re-estimated at every point" and frozen["surface"].note.startswith("running statistics of Sequential 1")
+        assert any(row["doubtful"] for row in frozen["points"].rows[1:]) and "Do not trust it at Sequential" in frozen.says
+        for row, net in zip(fresh["points"].rows, nets, strict=True):
+            assert row["loss"] == pytest.approx(objective.at(net).value(), rel=1e-5)
+            assert row["in_plane_loss"] == pytest.approx(objective.at(renormalised(objective, objective.point(net))).value(), rel=1e-4)
+        way = og.measure(objective, "trajectory", *nets, resolution=5)
+        assert way["surface"].note == fresh["surface"].note
+
+    def test_a_loss_that_the_plane_does_not_know_is_doubtful(self):
+        objective, plane = planted(lambda w: (w[2] + 0.5).sqrt() + (w**2).sum(), 3)
+        below = og.Plane(objective.at(torch.tensor([0.0, 0.0, -1.0], **DOUBLE)).point(), plane.u, plane.v)
+        record = og.measure(objective, "surface", plane=below, span=10.0, resolution=5)
+        row = record["points"].rows[0]
+        assert row["loss"] == pytest.approx(math.sqrt(0.5)) and math.isnan(row["in_plane_loss"]) and row["residual"] == 1.0 and row["doubtful"]
+
+    def test_networks_in_the_plane_by_place_but_not_by_loss_are_doubtful(self):
+        objective, _ = planted(lambda w: w[0] ** 2 + w[1] ** 2 + 4000 * w[2] ** 2, 3)
+        points = [objective.at(theta).point() for theta in torch.tensor([[-5.0, 0.0, 0.0], [0.0, 5.0, 0.0], [0.0, -5.0, 0.5], [5.0, 0.0, 0.0]], **DOUBLE)]
+        rows = og.measure(objective, "trajectory", *points, resolution=9)["path"].rows
+        assert rows[2]["doubtful"] and not rows[0]["doubtful"] and max(row["residual"] for row in rows) < 1  # by its loss alone
+
+    def test_a_corner_without_values_leaves_the_rest_and_the_budget(self):
+        objective, plane = planted(lambda w: torch.where(w.sum() > 1.9, math.nan, (w**2).sum()))
+        record = og.measure(objective, "surface", plane=plane, max_evaluations=60)
+        assert "loss goes from" in record.says and "left out" in record.says and "raise max_evaluations" in record.says
+        assert record["surface"].evaluations <= 60 and bool(record["surface"].z.isfinite().any())
+        assert og.measure(objective, "surface", plane=plane, max_evaluations=100, resolution=200)["surface"].evaluations <= 100
+        whole = og.measure(objective, "surface", plane=plane)
+        s = whole["surface"]
+        assert torch.equal(s.z.isnan(), s.x[:, None] + s.y[None] > 1.9) and facts(whole)["points of the picture left out"] == 0
+        nothing = planted(lambda w: torch.where(w.abs().sum() > 0, math.nan, w.sum()))
+        assert "No point" in og.measure(nothing[0], "surface", plane=nothing[1], resolution=4).says
+
+    @pytest.mark.parametrize(
+        ("settings", "params", "message"),
+        [({}, "*.bias", "other parameters of one axis are not moved"), ({"axes": "gradient"}, None, "gradient is exactly zero"), ({"normalisation": "whole"}, None, "are all zero")],
+    )
+    def test_axes_that_lead_nowhere_are_refused(self, settings, params, message):
+        net = nn.Sequential(nn.Linear(3, 2)).double()
+        if params is None:
+            nn.init.zeros_(net[0].weight)
+            nn.init.zeros_(net[0].bias)
+        objective = og.Objective(net, nn.CrossEntropyLoss(), (torch.ones(4, 3, **DOUBLE), torch.tensor([0, 1, 0, 1])), params=params)
+        with pytest.raises(ValueError, match=message):
+            og.measure(objective, "surface", **settings)
+
+    def test_one_parameter_has_no_plane_of_eigenvectors_and_a_given_axis_must_lead_somewhere(self):
+        objective = og.Objective(nn.Linear(1, 1, bias=False), nn.MSELoss(), (torch.ones(4, 1), torch.ones(4, 1)))
+        with pytest.raises(ValueError, match="there is one parameter"):
+            og.measure(objective, "surface", axes="eigenvectors")
+        with pytest.raises(ValueError, match="zero or not finite"):
+            og.measure(objective, "surface", plane=og.Plane(objective.point(), torch.ones(1), torch.zeros(1)))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_an_average_of_two_networks_makes_no_plane_with_them_in_any_precision(self, dtype):
+        a, b = flat(1, 500).to(dtype), flat(2, 500).to(dtype)
+        with pytest.raises(ValueError, match="lie on one line"):
+            plane_through([og.Point(theta=a), og.Point(theta=b), og.Point(theta=(a + b) / 2)])
+        with pytest.raises(ValueError, match="lie on one line"):
+            principal_plane([og.Point(theta=a + k * 0.01 * (b - a)) for k in range(5)])
+
+    def test_batches_of_one_example_have_no_statistics(self):
+        net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+        data = torch.randn(30, 3), torch.arange(30) % 2
+        with pytest.raises(ValueError, match="batches of one example"):
+            og.measure(og.Objective(net, nn.CrossEntropyLoss(), data, batch_size=1), "surface", statistics="reestimated")
+        batch = og.Objective(net, nn.CrossEntropyLoss(), data, mode="batch", batch_size=10)
+        assert og.measure(batch, "surface", resolution=5)["surface"].note == "each batch's own statistics"
+        some = sampled_data(og.Objective(net, nn.CrossEntropyLoss(), data, batch_size=6), og.Plane(batch.point(), batch.theta, batch.theta), 12, span=1.0, tol=0.01, seed=0)
+        assert some.terms().batches.reading.sizes == (6, 6) or max(some.terms().batches.reading.sizes) > 3  # not the rests of every batch
+
+    def test_errors_of_logarithms_are_told_where_the_picture_is_logarithmic(self):
+        name = "error of its logarithms, share of their range"
+        for offset, wide in ((1e-3, True), (1.0, False)):
+            objective, plane = planted(lambda w, offset=offset: offset + (w**2).sum())
+            record = og.measure(objective, "surface", plane=plane)
+            assert (name in facts(record)) == wide == record["surface"].wide
+        objective, plane = planted(lambda w: (w**2).sum())  # an exact zero in the middle, which an even picture does not show
+        surface = og.measure(objective, "surface", plane=plane, resolution=20)["surface"]
+        assert float(surface.z.max() / surface.z.min()) > 30 and not surface.wide
+
+    def test_errors_of_the_data_hold_between_the_samples(self):
+        objective = loss_cases()["cross-entropy"].objective(100)
+        plane = og.Plane(objective.point(), random_direction(objective, 0), random_direction(objective, 1_000_003))
+        surface = og.measure(objective, "surface")["surface"]
+        centre = objective.at(plane.origin).per_example()["loss"].total
+        for i, j in ((25, 25), (27, 28), (30, 20), (3, 44), (25, 26)):
+            difference = objective.at(plane(float(surface.x[i]), float(surface.y[j]))).per_example()["loss"].total - centre
+            assert float(surface.error[i, j]) == pytest.approx(float(difference.std()) / math.sqrt(len(difference)), rel=0.1, abs=2e-4 * float(surface.error.max()))
+
+    def test_a_minimum_counts_only_beyond_the_errors_of_data_and_picture(self):
+        x = torch.linspace(-1, 1, 21, **DOUBLE)
+        z = (x[:, None] ** 2 - 0.36) ** 2 + 0.02 * x[:, None] + 0.2 * x[None] ** 2
+        depth = basins_of(z)[1].persistence
+
+        def significant(error, own):
+            sampled = type("S", (), {"errors": (own, 0.0), "scale": lambda self: Scale(1.0, None)})()
+            picture = Picture(og.Surface(x=x, y=x, z=z, error=torch.full_like(z, error)), (None, None), sampled, None)
+            return [row["significant"] for row in basin_rows(picture)]
+
+        assert significant(0.0, 0.0) == [True, True] and significant(depth, 0.0) == [True, False] and significant(0.0, depth) == [True, False]
+        assert significant(0.3 * depth, 0.0) == [True, True] and significant(0.0, 0.3 * depth) == [True, True]
+
+    def test_the_quadratic_model_fails_where_it_is_off_by_a_tenth_of_the_range(self):
+        objective, plane = planted(lambda w: w[0] ** 2 + w[1] ** 2 + 0.25 * (w[0] ** 4))
+        record = og.measure(objective, "surface", plane=plane, resolution=201)
+        off = 0.1 * float(record["surface"].z.max() - record["surface"].z.min())  # s^4 / 4 = off
+        assert facts(record).get("radius at which the quadratic model fails") is None  # a given plane has no model of its own
+        _, radius, bends = quadratic_model(og.hessian(objective), objective, plane, record["surface"])
+        assert radius == pytest.approx((4 * off) ** 0.25, abs=0.011) and bends == pytest.approx((2.0, 2.0))
+        holed = og.Surface(x=record["surface"].x, y=record["surface"].y, z=torch.where(record["surface"].x[:, None] > 0.2, math.nan, record["surface"].z))
+        assert quadratic_model(og.hessian(objective), objective, plane, holed)[1] == pytest.approx(0.21, abs=0.011)
+
+    def test_each_axis_has_its_own_slice(self):
+        objective, plane = planted(lambda w: 1 + w[0] ** 2 + 3 * w[1] ** 2)
+        record = og.measure(objective, "surface", plane=plane)
+        assert torch.allclose(record["first_axis"].y, 1 + record["first_axis"].x ** 2) and torch.allclose(record["second_axis"].y, 1 + 3 * record["second_axis"].x ** 2)
+
+    def test_what_to_know_of_the_axes_is_known(self):
+        objective, plane = planted(lambda w: (w**2).sum())
+        record = og.measure(objective, "surface", plane=og.Plane(plane.origin, plane.u, plane.u + plane.v), resolution=5)
+        assert facts(record)["cosine between the axes"] == pytest.approx(math.sqrt(0.5)) and facts(record)["share of the first axis in biases and norms"] == 1.0
+        net = nn.Linear(3, 2).double()
+        linear = og.Objective(net, nn.CrossEntropyLoss(), (torch.ones(4, 3, **DOUBLE), torch.tensor([0, 1, 0, 1])))
+        direction = random_direction(linear, 0, "layer")
+        expected = float(net.bias.detach().norm() ** 2 / (net.bias.detach().norm() ** 2 + net.weight.detach().norm() ** 2))
+        assert float(direction[linear.layout["bias"]].norm() ** 2 / direction.norm() ** 2) == pytest.approx(expected)
+        assert facts(og.measure(linear, "surface", normalisation="layer", resolution=5))["share of the first axis in biases and norms"] == pytest.approx(expected)
 
 
 class TestTopology:
@@ -343,9 +528,9 @@ class TestStore:
         first = og.measure(objective, "surface", tol=0.05, store=store)["surface"]
         second = og.measure(objective, "surface", tol=0.05, store=store)["surface"]
         finer = og.measure(objective, "surface", tol=0.001, store=store)["surface"]
-        assert first.evaluations > 0 and second.evaluations == 0 and torch.equal(first.z, second.z)
+        assert first.evaluations > 0 and second.evaluations == 3 and torch.equal(first.z, second.z)
         lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-        assert len(lines) == first.evaluations + finer.evaluations
+        assert len(lines) == first.evaluations + finer.evaluations - 3  # three are evaluated again, to know that they are of this loss
         smoothed = og.Objective(objective.recipe.model, nn.CrossEntropyLoss(label_smoothing=0.2), loss_cases()["cross-entropy"].data)
         assert smoothed.fingerprints() == objective.fingerprints()
         assert og.measure(smoothed, "surface", tol=0.05, store=store)["surface"].evaluations > 0  # another loss of the same network on the same data
@@ -362,6 +547,46 @@ class TestStore:
             objective = og.Objective(net, nn.CrossEntropyLoss(), (x, y), params="2.*")
             assert og.measure(objective, "surface", resolution=5, store=str(tmp_path / "s.jsonl"))["surface"].evaluations == 25
 
+    @pytest.mark.parametrize("case", ["Huber", "activation", "own loss", "batches"])
+    def test_samples_of_another_function_are_not_taken_though_it_agrees_at_the_origin(self, tmp_path, case):
+        x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), **DOUBLE)
+        y = 0.1 * x[:, :1]
+
+        def network(activation):
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Linear(3, 6), activation, nn.Linear(6, 1)).double()
+            with torch.no_grad():
+                net[2].weight.mul_(0.1)
+            return net
+
+        normed = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double().eval()
+        capped = lambda most: lambda output, target: (output - target).square().clamp(max=most).mean()
+        first, second = {
+            "Huber": [og.Objective(network(nn.ReLU()), nn.HuberLoss(delta=delta), (x, y)) for delta in (3.0, 2.0)],
+            "activation": [og.Objective(network(activation), nn.MSELoss(), (x, y)) for activation in (nn.ReLU(), nn.Hardtanh(0.0, 50.0))],
+            "own loss": [og.Objective(network(nn.ReLU()), capped(most), (x, y)) for most in (5.0, 8.0)],
+            "batches": [og.Objective(normed, nn.MSELoss(), (x, y), batch_size=size) for size in (40, 10)],
+        }[case]
+        assert case == "batches" or first.value() == second.value()
+        settings = {"normalisation": "layer", "span": 8.0, "resolution": 15, "statistics": "reestimated" if case == "batches" else "frozen"}
+        for _ in range(2):  # the other way round too: both may be in one file
+            for objective in (first, second):
+                stored, fresh = (og.measure(objective, "surface", **settings, store=store)["surface"] for store in (str(tmp_path / "s.jsonl"), None))
+                assert torch.allclose(stored.z, fresh.z, rtol=1e-9)
+        assert og.measure(first, "surface", **settings, store=str(tmp_path / "s.jsonl"))["surface"].evaluations <= 6
+
+    def test_policies_and_running_statistics_have_samples_of_their_own(self, tmp_path):
+        net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double().eval()
+        objective = og.Objective(net, nn.CrossEntropyLoss(), (torch.randn(30, 3, **DOUBLE), torch.arange(30) % 2))
+        point = objective.point()
+        moved = objective.at(og.Point(theta=point.theta, buffers={name: value * 1.0 + (name.endswith("mean")) for name, value in point.buffers.items()}, frozen=point.frozen))
+        keys = {Samples(o, og.Plane(o.point(), flat(1, o.size), flat(2, o.size)), policy).key for o in (objective, moved) for policy in ("frozen", "reestimated")}
+        assert len(keys) == 4
+
+    def test_a_file_of_something_else_is_no_reason_to_fail(self, tmp_path):
+        (tmp_path / "s.jsonl").write_text('{"key": "old", "s": 0.0}\n[1]\n"text"\n')
+        assert og.measure(loss_cases()["cross-entropy"].objective(100), "surface", resolution=5, store=str(tmp_path / "s.jsonl"))["surface"].evaluations == 25
+
     @pytest.mark.parametrize("span", [1e-6, 0.3, 1e6])
     def test_any_span_has_its_surface(self, span):
         f = lambda s, t: 3 + (s / span) ** 4 - 2 * (s / span) * (t / span)
@@ -377,7 +602,7 @@ class TestStore:
         whole = og.measure(objective, "surface", tol=0.05, store=str(store))["surface"]
         store.write_text(store.read_text()[:-20])
         again = og.measure(objective, "surface", tol=0.05, store=str(store))["surface"]
-        assert again.evaluations == 1 and torch.equal(again.z, whole.z)
+        assert again.evaluations == 1 + 3 and torch.equal(again.z, whole.z)
 
     @pytest.mark.slow
     def test_killed_at_20_random_moments_the_samples_are_the_same_bit_for_bit(self, tmp_path):
@@ -434,7 +659,7 @@ def test_batchnorm_policies_differ_and_agree_without_batchnorm():
     ("points", "settings", "error", "message"),
     [
         (2, {}, TypeError, "or three, got 2"), (0, {"axes": "pca"}, ValueError, "choose axes"), (0, {"span": 0}, ValueError, "needs positive numbers"),
-        (0, {"statistics": "fresh"}, ValueError, "choose from frozen"), (0, {"plane": 3}, TypeError, "needs an orograph.Plane"),
+        (0, {"statistics": "fresh"}, ValueError, "choose from auto, frozen"), (0, {"plane": 3}, TypeError, "needs an orograph.Plane"),
     ],
 )  # fmt: skip
 def test_surface_refuses_what_is_no_plane(points, settings, error, message):
@@ -475,6 +700,26 @@ class TestExports:
             assert first == second and len(first) > 3000
         text = (tmp_path / "a.svg").read_text()
         assert "<svg" in text and "45 evaluations" in text
+        bare = og.save_surface(surface, tmp_path / "bare.png", view=view).read_bytes()
+        assert bare != (tmp_path / "a.png").read_bytes()  # networks are marked
+        with pytest.raises(ValueError, match=r"a line. Save it as .csv"):
+            og.save_surface(og.Surface(x=x, y=y[:1], z=z[:, :1]), tmp_path / "line.png")
+
+    def test_a_wide_surface_has_colours_by_decades(self, tmp_path):
+        from matplotlib.colors import LogNorm, Normalize
+
+        from orograph.paper import _colours
+
+        x = torch.linspace(-1, 1, 5, **DOUBLE)
+        z = 10.0 ** (3 * x[:, None] + 0 * x[None])
+        for top, kind in ((z, LogNorm), (2 + x[:, None] + 0 * x[None], Normalize)):
+            levels, norm = _colours(og.Surface(x=x, y=x, z=top), np.ma.masked_invalid(top.numpy()))
+            assert type(norm) is kind and (np.allclose(np.diff(np.log(levels)), np.log(levels[1] / levels[0])) == (kind is LogNorm))
+
+    def test_a_surface_comes_back_with_its_words(self, tmp_path):
+        surface = og.Surface(x=torch.arange(3.0).double(), y=torch.arange(2.0).double(), z=torch.ones(3, 2, **DOUBLE), evaluations=7, label="loss", note="600 of 1,200 examples", xlabel="s")
+        back = og.load_surface(og.save_surface(surface, tmp_path / "s.npz"))
+        assert (back.evaluations, back.label, back.note, back.xlabel, back.unit) == (7, "loss", "600 of 1,200 examples", "s", "") and torch.equal(back.z, surface.z)
 
     def test_surfaces_of_an_older_tool_are_put_right(self, tmp_path):
         import h5py
@@ -511,7 +756,7 @@ class TestExports:
             "import torch\nfrom torch import nn\nfrom orograph import Objective\n\n\ndef objective():\n    torch.manual_seed(0)\n"
             "    return Objective(nn.Linear(4, 3), nn.CrossEntropyLoss(), (torch.randn(30, 4), torch.arange(30) % 3))\n"
         )
-        for evaluations in (49, 0):
+        for evaluations in (49, 3):
             result = CliRunner().invoke(app, ["surface", str(task), "--out", str(tmp_path / "out"), "--set", "surface.resolution=7"])
             assert result.exit_code == 0, result.output
             drawn = og.load_records(tmp_path / "out" / "records")[-1]["surface"]

@@ -12,7 +12,7 @@ from .results import Point
 def losses_of(objective: Objective, points: Sequence[Point], report: Callable[[float], None] = lambda share: None) -> list[tuple[float, PerExample | None]]:
     """The loss of each network, and that of its single examples where the criterion tells them. `report`: share of the work done.
 
-    To the last bit what `objective.at(point)` gives.
+    Up to rounding what `objective.at(point).value()` gives, to the bit whoever is in the crowd.
     """
     networks, terms = [objective.at(point) for point in points], objective.terms()
     single = has_examples(objective.recipe)

@@ -15,6 +15,7 @@ from .results import Surface, Table
 
 FORMATS = (".npz", ".csv", ".vtk")
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+WORDS = ("label", "unit", "xlabel", "ylabel", "note")
 MISSING = -1.0  # what the older files hold where a loss was not evaluated
 
 
@@ -36,7 +37,8 @@ def save_surface(surface: Surface, path: str | Path, *, marks: Table | None = No
     x, y, z = (np.asarray(part.detach().cpu(), dtype=np.float64) for part in (surface.x, surface.y, surface.z))
     error = np.full_like(z, np.nan) if surface.error is None else np.asarray(surface.error.detach().cpu(), dtype=np.float64)
     if path.suffix == ".npz":
-        np.savez_compressed(path, x=x, y=y, z=z, error=error)
+        words = {name: np.array(getattr(surface, name)) for name in WORDS}
+        np.savez_compressed(path, allow_pickle=False, x=x, y=y, z=z, error=error, evaluations=np.array(surface.evaluations), **words)
     elif path.suffix == ".csv":
         rows = np.column_stack([np.repeat(x, len(y)), np.tile(y, len(x)), z.ravel(), error.ravel()])
         np.savetxt(path, rows, delimiter=",", header="x,y,z,error", comments="", fmt="%.17g")
@@ -67,7 +69,9 @@ def load_surface(path: str | Path, *, quantity: str = "train_loss") -> Surface:
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as arrays:
             x, y, z, error = (_member(arrays, name, path) for name in ("x", "y", "z", "error"))
-        return Surface(x=x, y=y, z=z, error=None if bool(error.isnan().all()) else error, label=path.stem, xlabel="s", ylabel="t")
+            words: dict[str, Any] = {name: str(arrays[name]) for name in WORDS if name in arrays}
+            evaluations = int(arrays["evaluations"]) if "evaluations" in arrays else 0
+        return Surface(x=x, y=y, z=z, error=None if bool(error.isnan().all()) else error, evaluations=evaluations, **words)
     if path.suffix not in (".h5", ".hdf5"):
         raise ValueError(f"load_surface(path={str(path)!r}) reads .npz and .h5.")
     try:

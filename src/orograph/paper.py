@@ -19,6 +19,8 @@ MAGENTA, NAMED = "#c0267b", 12  # more marks than this go without names
 
 def draw_paper(surface: Surface, path: Path, marks: Sequence[dict[str, Any]], view: View) -> None:
     """One figure; `marks`: rows with s and t, and name or step. The same surface gives the same bytes."""
+    if min(surface.z.shape) < 2:
+        raise ValueError(f"{path.suffix} shows a surface, and this one has {surface.z.shape[0]} x {surface.z.shape[1]} points: a line. Save it as .csv.")
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -61,7 +63,7 @@ def _contours(figure: Any, surface: Surface, marks: Sequence[dict[str, Any]]) ->
     axes.contour(x, y, z, levels=levels, colors="white", linewidths=0.3, alpha=0.6)
     axes.set_facecolor("0.85")  # holes
     _bar(figure, filled, axes, surface)
-    places = [row for row in marks if all(isinstance(row.get(key), int | float) and math.isfinite(row[key]) for key in ("s", "t"))]
+    places = _places(marks)
     if places:
         s, t = [row["s"] for row in places], [row["t"] for row in places]
         way = all("step" in row for row in places)
@@ -87,6 +89,15 @@ def _relief(figure: Any, surface: Surface, marks: Sequence[dict[str, Any]]) -> N
     axes.set_zlabel(f"log10 {surface.label}" if surface.wide else surface.label, fontsize=7)
     axes.tick_params(labelsize=6, pad=0)
     axes.view_init(elev=32, azim=-55)
+    inside = [row for row in _places(marks) if x[0] <= row["s"] <= x[-1] and y[0] <= row["t"] <= y[-1]]
+    if inside:
+        columns, rows = (np.abs(grid[None] - np.array([[row[key]] for row in inside])).argmin(1) for grid, key in ((x, "s"), (y, "t")))
+        axes.plot(x[columns], y[rows], heights.filled(np.nan)[rows, columns], color=MAGENTA, linestyle="", marker="o", markersize=4, markeredgecolor="white", markeredgewidth=0.6, zorder=10)
+
+
+def _places(marks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that have a place."""
+    return [row for row in marks if all(isinstance(row.get(key), int | float) and math.isfinite(row[key]) for key in ("s", "t"))]
 
 
 def _bar(figure: Any, filled: Any, axes: Any, surface: Surface) -> None:

@@ -5,23 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .chebyshev import nodes
-from .grids import Sampled, sample_square
+from .crowds import losses_of
+from .grids import FLAT, Sampled, sample_square
 from .linalg.operator import LinearOperator
 from .objective import Objective
 from .planes import Plane
 from .results import Curve, Point, Surface
 from .samples import Place, Samples
 from .topology import basins_of
+from .variants import joined
 
 FAILS = 0.1  # of the picture's range, by which the quadratic model is off where it counts as failed
 PILOT = 256  # examples from which the number needed is told
-STATISTICS = {"frozen": "running statistics of the middle", "reestimated": "running statistics re-estimated at every point"}
+DOUBTFUL = 0.25  # of the picture's size outside the plane, or of its range between true and in-plane loss
 Examples = int | Literal["enough"] | None
 
 
@@ -45,33 +48,40 @@ class Picture:
         return sum(len(self.sampled.points_in(square)) for square in self.sampled.squares if square.interpolant is None and not square.direct)
 
 
-def draw(samples: Samples, *, span: float, resolution: int, tol: float, most: int, seed: int, whole: Objective | None = None) -> Picture:
-    """The loss over (s, t) in [-span, span]^2 of a plane, at any resolution. `whole`: the objective of all examples, where the samples are of some."""
+def draw(samples: Samples, *, span: float, resolution: int, tol: float, most: int, seed: int, networks: Sequence[Point] = (), whole: Objective | None = None) -> Picture:
+    """The loss over (s, t) in [-span, span]^2 of a plane, at any resolution. `networks`: to be marked; `whole`: the objective of all examples, where the samples are of some."""
 
     def spanned(places: Sequence[Place]) -> list[Place]:
         return [(span * s, span * t) for s, t in places]
 
-    sampled = sample_square(lambda places: samples.losses(spanned(places)), resolution=resolution, tol=tol, most=most, seed=seed)
+    marked = [(s / span, t / span) for s, t, _ in map(samples.plane.coordinates, networks) if abs(s) <= span and abs(t) <= span]
+    sampled = sample_square(lambda places: samples.losses(spanned(places)), resolution=resolution, tol=tol, most=most, seed=seed, also=marked)
     z = sampled.grid(lambda place: samples.at(spanned([place]))[0][0])
-    error = sampled.grid(lambda place: samples.at(spanned([place]))[0][1], as_sampled=False).clamp(min=0)
-    along = [_along(sampled, axis, lambda places: samples.losses(spanned(places))) for axis in (0, 1)]
+    variance = sampled.grid(lambda place: samples.at(spanned([place]))[0][1] ** 2, as_sampled=False)  # smooth at the origin, where the error itself has a cone's tip
+    error = variance.clamp(min=0).sqrt()
+    along = [_along(sampled, axis, lambda places: samples.losses(spanned(places)), most) for axis in (0, 1)]
     x = span * sampled.axis
     names = [f"{name}, in units of {_relative(samples, direction)}" for name, direction in (("s", samples.plane.u), ("t", samples.plane.v))]
     slices = [Curve(x=x, y=y, label=f"loss along the {order} axis", xlabel=name, ylabel="loss") for y, order, name in zip(along, ("first", "second"), names, strict=True)]
     some = whole is not None and whole.examples > samples.objective.examples
-    notes = [f"{samples.objective.examples:,} of {whole.examples:,} examples" if some and whole is not None else "", STATISTICS[samples.statistics] if samples.normed else ""]
+    notes = [f"{samples.objective.examples:,} of {whole.examples:,} examples" if some and whole is not None else "", samples.policy]
     surface = Surface(
         x=x, y=x, z=z, error=None if bool(error.isnan().all()) else error, evaluations=samples.evaluations, label="loss", note=", ".join(filter(None, notes)), xlabel=names[0], ylabel=names[1],
+        logarithmic=sampled.scale().logarithmic is not None and not bool((z <= 0).any()),
     )  # fmt: skip
     return Picture(surface, (slices[0], slices[1]), sampled, samples)
 
 
-def _along(sampled: Sampled, axis: int, losses: Callable[[Sequence[Place]], Sequence[float]]) -> Tensor:
-    """The loss along one of the axes, through the origin of the plane."""
+def _along(sampled: Sampled, axis: int, losses: Callable[[Sequence[Place]], Sequence[float]], most: int) -> Tensor:
+    """The loss along one of the axes, through the origin of the plane; nan where neither a polynomial nor the budget reaches."""
     x, zero = sampled.axis, torch.zeros(sampled.resolution, dtype=torch.float64)
     y = sampled.at(*((x, zero) if axis == 0 else (zero, x)))
-    lost = torch.nonzero(y.isnan())[:, 0]
-    y[lost] = torch.tensor(losses([(float(x[i]), 0.0) if axis == 0 else (0.0, float(x[i])) for i in lost]), dtype=torch.float64)
+    lost = [int(i) for i in torch.nonzero(y.isnan())[:, 0]]
+    places = [(float(x[i]), 0.0) if axis == 0 else (0.0, float(x[i])) for i in lost]
+    new = len(sampled.unseen(places))
+    for i, place in zip(lost, places, strict=True):
+        if place in sampled.seen or len(sampled.seen) + 2 * new <= most:  # there are two axes
+            y[i] = losses([place])[0]
     return y
 
 
@@ -83,7 +93,7 @@ def _relative(samples: Samples, direction: Tensor) -> str:
 
 def check_examples(probe: str, examples: object) -> None:
     """ValueError for what is no number of examples."""
-    if examples not in (None, "enough") and (isinstance(examples, bool) or not isinstance(examples, int) or examples < 2):
+    if examples is not None and examples != "enough" and (isinstance(examples, bool) or not isinstance(examples, Integral) or examples < 2):
         raise ValueError(f'{probe}(examples={examples!r}): give a number of examples from 2, "enough", or None for all.')
 
 
@@ -95,7 +105,7 @@ def sampled_data(objective: Objective, plane: Plane, examples: Examples, *, span
     if examples is None or (examples == "enough" and objective.examples <= 2 * PILOT):
         return objective
     if examples != "enough":
-        return objective.sample(examples, seed)
+        return _regrouped(objective, int(examples), seed)
     pilot = Samples(objective.sample(PILOT, seed), plane, "frozen")
     x = (span * nodes(4)).tolist()
     found = torch.tensor(pilot.at([(s, t) for s in x for t in x]), dtype=torch.float64)
@@ -104,7 +114,12 @@ def sampled_data(objective: Objective, plane: Plane, examples: Examples, *, span
         return objective
     aim = (tol * float(loss.max() - loss.min())) ** 2
     m = math.ceil(1 / (aim / max(PILOT * float(error.max()) ** 2, 1e-300) + 1 / objective.examples))
-    return objective if m > objective.examples / 2 else objective.sample(max(m, PILOT), seed)
+    return objective if m > objective.examples / 2 else _regrouped(objective, max(m, PILOT), seed)
+
+
+def _regrouped(objective: Objective, examples: int, seed: int) -> Objective:
+    """A sample in batches as large as those it was drawn from, whose rests would be poor estimates of running statistics."""
+    return joined(objective.sample(examples, seed), max(objective.terms().batches.reading.sizes))
 
 
 def quadratic_model(op: LinearOperator, objective: Objective, plane: Plane, picture: Surface) -> tuple[Surface, float, tuple[float, float]]:
@@ -116,7 +131,8 @@ def quadratic_model(op: LinearOperator, objective: Objective, plane: Plane, pict
     s, t = picture.x[:, None], picture.y[None]
     z = objective.value() + slopes[0] * s + slopes[1] * t + 0.5 * (bends[0, 0] * s**2 + 2 * bends[0, 1] * s * t + bends[1, 1] * t**2)
     finite = picture.z[torch.isfinite(picture.z)]
-    off = (picture.z - z).abs() > FAILS * float(finite.max() - finite.min()) if len(finite) else torch.ones_like(z, dtype=torch.bool)
+    spread = max(float(finite.max() - finite.min()), FLAT * float(finite.abs().max())) if len(finite) else 0.0
+    off = ~((picture.z - z).abs() <= FAILS * spread)  # a loss that is not finite is off too
     radius = (s**2 + t**2).sqrt()
     curvatures = float(bends[0, 0]) / float(plane.u.double().norm() ** 2), float(bends[1, 1]) / float(plane.v.double().norm() ** 2)
     model = Surface(x=picture.x, y=picture.y, z=z, evaluations=0, label="quadratic model", xlabel=picture.xlabel, ylabel=picture.ylabel)
@@ -133,6 +149,23 @@ def basin_rows(picture: Picture) -> list[dict[str, Any]]:
             way = {"pass_s": float(surface.x[basin.pass_[0]]), "pass_t": float(surface.y[basin.pass_[1]])}
             doubt = 2 * picture.error + (0.0 if surface.error is None else 1.96 * math.hypot(float(surface.error[i, j]), float(surface.error[basin.pass_])))
         rows.append({"s": float(surface.x[i]), "t": float(surface.y[j]), "loss": basin.value, "depth": basin.persistence, "significant": bool(basin.persistence > doubt)} | way)
+    return rows
+
+
+def mark_rows(picture: Picture, objective: Objective, networks: Sequence[Point]) -> list[dict[str, Any]]:
+    """Where networks lie: coordinates, their own loss and the one at their shadow in the plane, both evaluated; what the plane leaves out; and whether it misleads there.
+
+    `doubtful`: a residual of more than a quarter of the picture's half-diagonal, or losses that differ by more than a quarter of the picture's range, or by anything unknown.
+    """
+    plane, z = picture.samples.plane, picture.surface.z[picture.surface.z.isfinite()]
+    spread = float(z.max() - z.min()) if len(z) else 0.0
+    size = float(picture.surface.x[-1]) * math.hypot(float(plane.u.double().norm()), float(plane.v.double().norm()))  # a middle of the picture is near nothing, and no reason for doubt
+    rows = []
+    for network in networks:
+        s, t, off = plane.coordinates(network)
+        loss, shadow = losses_of(objective, [network])[0][0], picture.samples.losses([(s, t)])[0]
+        doubtful = not (off <= DOUBTFUL * size and abs(loss - shadow) <= max(DOUBTFUL * spread, FLAT * abs(loss)))
+        rows.append({"name": network.label, "s": s, "t": t, "loss": loss, "in_plane_loss": shadow, "residual": off, "doubtful": doubtful})
     return rows
 
 

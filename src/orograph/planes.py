@@ -73,7 +73,7 @@ def plane_through(points: Sequence[Point], margin: float = 1.25) -> Plane:
     a, b, c = (theta_of(point).double() for point in points)
     e1 = b - a
     e2 = (c - a) - ((c - a) @ e1) / (e1 @ e1).clamp(min=1e-300) * e1
-    if float(e2.norm()) <= 1e-9 * float((c - a).norm()):
+    if float(e2.norm()) <= max(1e-9 * float((c - a).norm()), _rounding(points)):
         raise ValueError("the three networks lie on one line, and make no plane. Use a barrier between two of them.")
     return _framed(points[0], torch.stack([e1 / e1.norm(), e2 / e2.norm()]), points, margin)
 
@@ -87,9 +87,14 @@ def principal_plane(points: Sequence[Point], margin: float = 1.25) -> tuple[Plan
     _, lengths, axes = torch.linalg.svd(centred, full_matrices=False)  # not the Gram matrix, which keeps half of the digits
     values = lengths**2
     total = float(values.sum())
-    if not float(values[1]) > 1e-12 * max(total, 1e-300):
+    if not float(values[1]) > max(1e-12 * total, len(points) * _rounding(points) ** 2, 1e-300):
         raise ValueError("the networks lie on one line (or are all the same), and have no plane.")
     return _framed(points[-1], axes[:2], points, margin), (float(values[0]) / total, float(values[1]) / total)
+
+
+def _rounding(points: Sequence[Point]) -> float:
+    """How far rounding alone takes a network off a line."""
+    return max(4 * torch.finfo(theta_of(point).dtype).eps * float(theta_of(point).double().norm()) for point in points)
 
 
 def _framed(origin: Point, axes: Tensor, points: Sequence[Point], margin: float) -> Plane:
@@ -98,5 +103,5 @@ def _framed(origin: Point, axes: Tensor, points: Sequence[Point], margin: float)
     places = torch.stack([axes @ (theta_of(point).double() - base) for point in points])  # (networks, 2)
     low, high = places.min(0).values, places.max(0).values
     centre, half = (low + high) / 2, margin * ((high - low) / 2).clamp(min=1e-3 * float((high - low).max()))
-    middle = replace(origin, theta=(base + centre @ axes).to(origin.theta), label="middle of the plane")
+    middle = replace(origin, theta=(base + centre @ axes).to(origin.theta))  # with the statistics, and the name, of `origin`
     return Plane(middle, (half[0] * axes[0]).to(origin.theta), (half[1] * axes[1]).to(origin.theta))

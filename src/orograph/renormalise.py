@@ -36,6 +36,8 @@ def renormalised_all(objective: Objective, points: Sequence[Point]) -> list[Poin
     norms = running_norms(objective.snapshot.model)
     if not norms:
         return list(points)
+    if objective.examples > 1 and max(objective.terms().batches.reading.sizes) < 2:
+        raise ValueError("running statistics cannot be re-estimated from batches of one example, which have no variance. Use a larger batch_size, or statistics as they are.")
     networks = [replace(objective.at(point).snapshot, mode="batch") for point in points]
     sums: list[dict[int, list[Tensor]]] = [{} for _ in points]
     now = sums[:1]  # of the network that runs

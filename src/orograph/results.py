@@ -177,7 +177,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Surface:
-    """A quantity over a plane: `z[i, j]` at (x[i], y[j]); `error`: the standard error of each `z` against the one at the origin, or None; `evaluations` of the loss spent; `note`: what to know of the picture."""
+    """A quantity over a plane: `z[i, j]` at (x[i], y[j]); `error`: the standard error of each `z` against the one at the origin, or None; `evaluations` of the loss spent; `note`: what to know of the picture; `logarithmic`: its scale, None: where positive values span a factor of 30."""
 
     x: Tensor
     y: Tensor
@@ -189,10 +189,13 @@ class Surface:
     xlabel: str = ""
     ylabel: str = ""
     note: str = ""
+    logarithmic: bool | None = None
 
     @property
     def wide(self) -> bool:
-        """Whether the values span so much that a picture needs a logarithmic scale."""
+        """Whether a picture has a logarithmic scale."""
+        if self.logarithmic is not None:
+            return self.logarithmic
         finite = self.z[self.z.isfinite()]
         return bool(len(finite)) and float(finite.min()) > 0 and float(finite.max()) > WIDE * float(finite.min())
 

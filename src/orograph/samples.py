@@ -21,12 +21,13 @@ from .objective import Objective
 from .planes import Plane
 from .profiles import difference_sem
 from .renormalise import renormalised_all, running_norms
+from .results import Point
 from .snapshots import fingerprint
 
-SurfaceStatistics = Literal["frozen", "reestimated"]
+SurfaceStatistics = Literal["auto", "frozen", "reestimated"]
 Place = tuple[float, float]
 TOGETHER, GROUP_SECONDS = 25, 60.0  # places that go through the data at once
-SAME = 1e-4  # relative difference of a loss that another machine or another number of threads explains
+WITNESSES, SAME = 3, 1e-4  # samples found that are evaluated again, and what another machine or number of threads explains
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Samples:
     report: Callable[[int], None] = lambda count: None
     found: dict[Place, tuple[float, float]] = field(default_factory=dict)
     evaluations: int = 0
-    key: str = field(init=False)  # a hash of everything that the losses depend on
+    key: str = field(init=False)  # a hash of what the losses depend on
     _broken: bool = False  # the file ends in a line of a killed process
     _origin: tuple[float, PerExample | None] | None = None  # the loss there, and of its examples
     _together: int = 1
@@ -51,20 +52,37 @@ class Samples:
             return
         text = self.path.read_text()
         self._broken = bool(text) and not text.endswith("\n")
+        stored: dict[str, dict[Place, tuple[float, float]]] = {}
         for line in text.splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+                stored.setdefault(row["key"], {})[row["s"], row["t"]] = row["loss"], row["error"]
+            except (ValueError, TypeError, KeyError):
                 continue  # the last line of a killed process
-            # no hash knows a user's loss or model code: samples count only where they had the same loss at the origin
-            if row.get("key") == self.key and math.isclose(row["origin"], self.origin[0], rel_tol=SAME):
-                self.found[row["s"], row["t"]] = row["loss"], row["error"]
+        key, again = self.key, 1
+        while self.key in stored and not self._bear_witness(stored[self.key]):
+            again += 1
+            self.key = f"{key}-{again}"
+        self.found = stored.get(self.key, {})
 
     def _hash(self) -> str:
-        point, own = self.objective.point(self.plane.origin), self.objective.fingerprints()
+        objective = self.objective
+        point, own, criterion = objective.point(self.plane.origin), objective.fingerprints(), objective.recipe.criterion
         tensors = [self.plane.u, self.plane.v, point.theta, *point.buffers.values(), *point.frozen.values()]
-        text = json.dumps([fingerprint(tensors), own["data"], own["parameters"], self.statistics, str(self.objective.dtype), self.objective.mode])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        rest: list[object] = [own["data"], own["parameters"], self.statistics, str(objective.dtype), objective.mode, str(objective.recipe.model)]
+        if criterion is not None:
+            rest += [criterion.name, criterion.reduction, *(f"{name}={fingerprint([x]) if isinstance(x, torch.Tensor) else x}" for name, x in sorted(criterion.settings.items()))]
+        if objective.mode == "batch" or self.statistics == "reestimated":
+            rest.append(objective.terms().batches.reading.sizes)  # whose statistics are used depends on the batches
+        return hashlib.sha256(json.dumps([fingerprint(tensors), rest]).encode()).hexdigest()[:16]
+
+    def _bear_witness(self, stored: dict[Place, tuple[float, float]]) -> bool:
+        """Whether samples found have the losses that they have now: no hash knows a user's own loss or the code of a model, and far from the origin both show."""
+        places = sorted(stored, key=lambda place: (place[0] ** 2 + place[1] ** 2, place))
+        chosen = list(dict.fromkeys(places[i] for i in (-1, -2, len(places) // 2) if -len(places) <= i < len(places)))[:WITNESSES]
+        self._evaluate(chosen, keep=False)
+        now = [self.found.pop(place)[0] for place in chosen]
+        return all(math.isclose(stored[place][0], loss, rel_tol=SAME) or (loss != loss and stored[place][0] != stored[place][0]) for place, loss in zip(chosen, now, strict=True))
 
     @property
     def origin(self) -> tuple[float, PerExample | None]:
@@ -74,9 +92,12 @@ class Samples:
         return self._origin
 
     @property
-    def normed(self) -> bool:
-        """Whether the network has running statistics, so that there is a policy to speak of."""
-        return bool(running_norms(self.objective.snapshot.model))
+    def policy(self) -> str:
+        """What BatchNorm uses, in words; nothing for a network without running statistics."""
+        if not running_norms(self.objective.snapshot.model):
+            return ""
+        own = self.plane.origin.label if isinstance(self.plane.origin, Point) else self.objective.label
+        return "each batch's own statistics" if self.objective.mode == "batch" else f"running statistics of {own}" if self.statistics == "frozen" else "running statistics re-estimated at every point"
 
     def losses(self, places: Sequence[Place]) -> list[float]:
         """The losses at some places."""
@@ -100,7 +121,7 @@ class Samples:
         nothing = PerExample(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
         return math.nan if self.origin[1] is None else difference_sem(nothing, nothing, self.origin[1], 0.5)
 
-    def _evaluate(self, group: Sequence[Place]) -> None:
+    def _evaluate(self, group: Sequence[Place], *, keep: bool = True) -> None:
         before, origin = self.evaluations, self.origin
         points = [self.objective.point(self.plane(s, t)) for s, t in group]
         if self.statistics == "reestimated":
@@ -112,8 +133,8 @@ class Samples:
         for (s, t), (loss, examples) in zip(group, found, strict=True):
             error = math.nan if examples is None or middle is None else difference_sem(middle, middle, examples, 0.5)
             self.found[s, t] = loss, error
-            if self.path is not None:
-                self._append({"key": self.key, "origin": origin[0], "s": s, "t": t, "loss": loss, "error": error})
+            if self.path is not None and keep:
+                self._append({"key": self.key, "s": s, "t": t, "loss": loss, "error": error})
         self.evaluations = before + len(group)
         self.report(self.evaluations)
 
@@ -134,7 +155,10 @@ class Samples:
             os.fsync(file.fileno())
 
 
-def check_policy(probe: str, statistics: object) -> None:
-    """ValueError for an unknown policy."""
+def chosen_policy(probe: str, statistics: SurfaceStatistics, objective: Objective, networks: int) -> SurfaceStatistics:
+    """The policy for running statistics; "auto": re-estimated in a plane of several networks, each of which has its own, else frozen. ValueError for an unknown one."""
     if statistics not in get_args(SurfaceStatistics):
         raise ValueError(f"{probe}(statistics={statistics!r}): choose from {', '.join(get_args(SurfaceStatistics))}.")
+    if statistics != "auto":
+        return statistics
+    return "reestimated" if networks > 1 and objective.mode != "batch" and running_norms(objective.snapshot.model) else "frozen"

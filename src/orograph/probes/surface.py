@@ -5,69 +5,85 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..curvature import hessian
 from ..objective import Objective
-from ..pictures import Examples, Picture, basin_rows, check_examples, draw, over_directions, quadratic_model, sampled_data
+from ..pictures import (
+    Examples,
+    Picture,
+    basin_rows,
+    check_examples,
+    draw,
+    mark_rows,
+    over_directions,
+    quadratic_model,
+    sampled_data,
+)
 from ..planes import Normalisation, Plane, plane_through, random_direction
 from ..progress import progress_bar
 from ..registry import Results, probe
 from ..results import Point, Result, Surface, Table
-from ..samples import Samples, SurfaceStatistics, check_policy
+from ..samples import Samples, SurfaceStatistics, chosen_policy
 from ..subject import Subject
 
 Axes = Literal["random", "eigenvectors", "gradient"]
 
 
 def _says(results: Results) -> str:
-    s, table = results["surface"], results["faithful"]
-    assert isinstance(s, Surface) and isinstance(table, Table)
+    s, table, points = results["surface"], results["faithful"], results["points"]
+    assert isinstance(s, Surface) and isinstance(table, Table) and isinstance(points, Table)
     rows = {row["quantity"]: row["value"] for row in table.rows}
     finite = s.z[s.z.isfinite()]
     if not len(finite):
-        return "The loss is finite nowhere in this plane."
+        return "No point of this plane that was evaluated has a finite loss."
     radius = rows.get("radius at which the quadratic model fails", math.nan)
-    model = f" The quadratic model holds to a distance of {radius:.2g} from the middle." if math.isfinite(radius) else ""
-    error = rows["error of the picture, share of its range"]
-    own = f"{error:.1%} of that range is the picture's own error" if math.isfinite(error) else f"{rows['points of the picture left out']} points are left out"
+    model = f" The quadratic model is off by a tenth of the range from a distance of {radius:.2g} on." if math.isfinite(radius) else ""
+    error, left = rows["error of the picture, share of its range"], rows["points of the picture left out"]
+    own = f"; {error:.1%} of that range is the picture's own error" if math.isfinite(error) else ""
+    left_out = f" {left:,} of its {s.z.numel():,} points are left out." if left else ""
     short = "" if rows["error asked for was reached"] else " Evaluations ran out before the error asked for was reached: raise max_evaluations, or ask for less (tol)."
-    return f"Over this plane the loss goes from {float(finite.min()):.3g} to {float(finite.max()):.3g}, drawn from {s.evaluations} evaluations; {own}.{short}{model}"
+    doubtful = [str(row["name"]) for row in points.rows if row["doubtful"]]
+    doubt = f" Do not trust it at {', '.join(doubtful)}, whose own loss is another one or which lies outside." if doubtful else ""
+    return f"Over this plane the loss goes from {float(finite.min()):.3g} to {float(finite.max()):.3g}, drawn from {rows['samples that it is drawn from']:,} samples{own}.{left_out}{short}{doubt}{model}"
 
 
 @probe(says=_says)
 def surface(
     subject: Subject, *points: Point, plane: Any = None, axes: Axes = "random", normalisation: Normalisation = "filter", span: float = 1.0, resolution: int = 51, tol: float = 0.01,
-    max_evaluations: int = 3500, statistics: SurfaceStatistics = "frozen", examples: Examples = None, seed: int = 0, seeds: int = 1, store: str | None = None,
+    max_evaluations: int = 3500, statistics: SurfaceStatistics = "auto", examples: Examples = None, seed: int = 0, seeds: int = 1, store: str | None = None,
 ) -> dict[str, Result]:  # fmt: skip
     r"""The loss over (s, t) in [-`span`, `span`]^2 of a plane: around the own point, through three networks, or a `plane` given.
 
     `axes`: "random" directions, normalised per "filter", "layer" or as a "whole", of `seeds` seeds from `seed` on; the top two "eigenvectors" of the Hessian, unit vectors as they are; "gradient" and top eigenvector ·
     samples at Chebyshev points are refined, and the plane is cut where the loss is not smooth, until the error on points never used is below `tol` of the range; the picture is then drawn at any `resolution`. What is not
-    finite stays a hole · `statistics`: BatchNorm's "frozen" at those of the plane's origin, or "reestimated" at every point · `examples`: a random sample of the data, or "enough" for a standard error below `tol` of the range ·
+    finite stays a hole · `statistics`: BatchNorm's "frozen" at those of the plane's origin, "reestimated" at every point (one more forward pass), or "auto": re-estimated through three networks, each of which has its own · `examples`: a random sample of the data, or "enough" for a standard error below `tol` of the range ·
     `store`: a file of samples, from which a killed job goes on and a finer one begins.
     `first_axis`, `second_axis`: the loss along the axes; `quadratic`: the model from two products; `basins`: minima with their depth, against the errors of data and picture; `points`: where networks lie, and how far from the
     plane; `faithful`: what to know before believing the picture; with several seeds `directions` (mean and standard error over all axes), `spread` (standard deviation between planes), `seeds`. Axes are in units of the norm of the weights.
     """
-    _check(points, plane, axes, normalisation, span, resolution, tol, statistics, examples, seeds)
-    planes, marks = _planes(subject, points, plane, axes, normalisation, range(seed, seed + seeds))
+    _check(points, plane, axes, normalisation, span, resolution, tol, examples, seeds)
+    statistics = chosen_policy("surface", statistics, subject.objective, len(points))
+    planes, marks = _planes(subject, points, plane, axes, normalisation, range(seed, seed + int(seeds)))
+    _check_axes(planes, normalisation)
     objective = sampled_data(subject.objective, planes[0], examples, span=span, tol=tol, seed=seed)
     pictures: list[Picture] = []
     with progress_bar(subject.progress, "surface", unit="point") as report:
         for chosen in planes:
             before = sum(picture.surface.evaluations for picture in pictures)
             samples = Samples(objective, chosen, statistics, Path(store) if store else None, partial(_tell, report, before, 100 * seeds))
-            pictures.append(draw(samples, span=span, resolution=resolution, tol=tol, most=max_evaluations, seed=seed, whole=subject.objective))
+            pictures.append(draw(samples, span=span, resolution=resolution, tol=tol, most=max_evaluations, seed=seed, networks=marks, whole=subject.objective))
     picture, chosen = pictures[0], planes[0]
     results: dict[str, Result] = {"surface": picture.surface, "first_axis": picture.slices[0], "second_axis": picture.slices[1]}
     results |= _models(subject, objective, planes, pictures, own=not points and plane is None and statistics == "frozen", seed=seed)
     results["basins"] = Table(rows=basin_rows(picture), x="s", y="depth", label="minima in the plane")
-    results["points"] = Table(rows=[_mark(subject, chosen, point) for point in marks], x="s", y="t", label="networks in the plane")
+    results["points"] = Table(rows=mark_rows(picture, objective, marks), x="s", y="t", label="networks in the plane")
     rows: list[dict[str, Any]] = [
         {"quantity": "error of the picture, share of its range", "value": picture.sampled.errors[0]},
-        {"quantity": "error of its logarithms, share of their range", "value": picture.sampled.errors[1]},
-        {"quantity": "error asked for was reached", "value": picture.sampled.converged}, {"quantity": "points of the picture left out", "value": picture.unknown},
+        *([{"quantity": "error of its logarithms, share of their range", "value": picture.sampled.errors[1]}] if picture.sampled.scale().logarithmic is not None else []),
+        {"quantity": "samples that it is drawn from", "value": len(picture.sampled.seen)}, {"quantity": "error asked for was reached", "value": picture.sampled.converged}, {"quantity": "points of the picture left out", "value": picture.unknown},
         {"quantity": "cosine between the axes", "value": chosen.cosine}, {"quantity": "share of the first axis in biases and norms", "value": _flat_share(subject, chosen)},
     ]  # fmt: skip
     if picture.surface.error is not None:
@@ -121,17 +137,26 @@ def _planes(subject: Subject, points: tuple[Point, ...], plane: Any, axes: Axes,
         return [plane_through(points)], list(points)
     if axes == "random":
         return [Plane(own, random_direction(objective, seed, normalisation), random_direction(objective, seed + 1_000_003, normalisation)) for seed in seeds], [own]
+    if objective.size < 2:
+        raise ValueError(f"surface(axes={axes!r}) needs two directions, and there is one parameter. Use a barrier, or random axes.")
     vectors = subject.spectrum().top.vectors
     assert vectors is not None  # they go only when a record is stored
     if axes == "eigenvectors":
         return [Plane(own, vectors[:, 0].to(own.theta), vectors[:, 1].to(own.theta))], [own]
     g = subject.gradient()
+    if not bool(g.any()):
+        raise ValueError('surface(axes="gradient"): the gradient is exactly zero here and is no direction. Use axes="eigenvectors".')
     return [Plane(own, (g / g.norm()).to(own.theta), vectors[:, 0].to(own.theta))], [own]
 
 
-def _mark(subject: Subject, plane: Plane, point: Point) -> dict[str, Any]:
-    s, t, off = plane.coordinates(point)
-    return {"name": point.label, "s": s, "t": t, "loss": subject.objective.at(point).value(), "residual": off}
+def _check_axes(planes: Sequence[Plane], normalisation: Normalisation) -> None:
+    """ValueError for axes that lead nowhere."""
+    if all(bool(axis.isfinite().all()) and bool(axis.any()) for plane in planes for axis in (plane.u, plane.v)):
+        return
+    why = "are all zero where they would be scaled to"
+    if normalisation == "filter":
+        why += " (filters; biases and other parameters of one axis are not moved)"
+    raise ValueError(f"surface: an axis of the plane is zero or not finite. For random axes, the weights {why}: choose another normalisation, or give a plane.")
 
 
 def _flat_share(subject: Subject, plane: Plane) -> float:
@@ -142,7 +167,7 @@ def _flat_share(subject: Subject, plane: Plane) -> float:
     return sum(float(part.double().norm()) ** 2 for part in parts if part.ndim < 2) / total if total else 0.0
 
 
-def _check(points: tuple[Point, ...], plane: Any, axes: Any, normalisation: Any, span: float, resolution: int, tol: float, statistics: Any, examples: Any, seeds: Any) -> None:
+def _check(points: tuple[Point, ...], plane: Any, axes: Any, normalisation: Any, span: float, resolution: int, tol: float, examples: Any, seeds: Any) -> None:
     if len(points) not in (0, 3):
         raise TypeError(f"surface takes no network (a plane around the own point) or three, got {len(points)}.")
     if points and plane is not None:
@@ -153,7 +178,6 @@ def _check(points: tuple[Point, ...], plane: Any, axes: Any, normalisation: Any,
         raise ValueError(f"surface(axes={axes!r}, normalisation={normalisation!r}): choose axes from {get_args(Axes)}, normalisation from {get_args(Normalisation)}.")
     if not span > 0 or resolution < 3 or not tol > 0:
         raise ValueError(f"surface(span={span}, resolution={resolution}, tol={tol}) needs positive numbers, and 3 points a side at least.")
-    if not isinstance(seeds, int) or seeds < 1 or (seeds > 1 and (points or plane is not None or axes != "random")):
+    if not isinstance(seeds, Integral) or isinstance(seeds, bool) or int(seeds) < 1 or (int(seeds) > 1 and (points or plane is not None or axes != "random")):
         raise ValueError(f"surface(seeds={seeds!r}) needs a number from 1, and more than 1 only for random axes, which are what a seed draws.")
     check_examples("surface", examples)
-    check_policy("surface", statistics)

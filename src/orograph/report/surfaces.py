@@ -18,7 +18,7 @@ def draw_surfaces(series: Sequence[Series]) -> list[Drawing]:
     """For each surface its contours and a 3-D view; all share one colour scale, logarithmic where the range is wide."""
     values = np.concatenate([array(s.result.z).ravel() for s in series])
     finite = values[np.isfinite(values)]
-    log = bool(finite.size and finite.min() > 0 and finite.max() > WIDE * finite.min())
+    log = series[0].result.wide if len(series) == 1 else bool(finite.size and finite.min() > 0 and finite.max() > WIDE * finite.min())
     height = np.log10(finite) if log else finite
     limits = (float(height.min()), float(height.max())) if height.size else (0.0, 1.0)
     limits = limits if limits[0] < limits[1] else (limits[0] - 0.5, limits[1] + 0.5)
