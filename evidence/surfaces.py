@@ -49,9 +49,11 @@ def surface_rows() -> list[Row]:
     rows: list[Row] = []
     for (name, objective), most, share in zip(_networks().items(), (100, 400), (0.15, 0.2), strict=True):
         plane = _random(objective, 0)
-        began = time.perf_counter()
-        record = measure(objective, "surface", tol=0.01)
-        fast = time.perf_counter() - began
+        fast = float("inf")
+        for _ in range(2):  # the first one warms kernels up, which the grid then has
+            began = time.perf_counter()
+            record = measure(objective, "surface", tol=0.01)
+            fast = min(fast, time.perf_counter() - began)
         picture = record["surface"]
         assert isinstance(picture, Surface)
         grid = [(float(s), float(t)) for s in picture.x for t in picture.y]

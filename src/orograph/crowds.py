@@ -23,7 +23,7 @@ def losses_of(objective: Objective, points: Sequence[Point], report: Callable[[f
             for i, network in enumerate(networks):
                 with network.applied(), no_gradient(objective.recipe):
                     if single:
-                        parts[i].append(examples_of(term))
+                        parts[i].append(examples_of(term, errors=False))
                     else:
                         sums[i] += float(term.loss_of(term.output()).detach()) * term.weight
             done += term.examples

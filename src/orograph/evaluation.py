@@ -99,14 +99,14 @@ def has_examples(recipe: Recipe) -> bool:
     return recipe.criterion is not None and recipe.criterion.function is not None and recipe.count is None
 
 
-def examples_of(term: Term) -> dict[str, PerExample]:
-    """`per_example` of one micro-batch."""
+def examples_of(term: Term, *, errors: bool = True) -> dict[str, PerExample]:
+    """`per_example` of one micro-batch; without `errors` the loss alone."""
     criterion = term.recipe.criterion
     assert criterion is not None  # `has_examples`
     output = term.output()
     loss = _rows(criterion.each(output, term.target))
     found = {"loss": PerExample(loss, _rows(criterion.unit_weights(term.target)) if criterion.weighs_positions(term.target) else torch.full_like(loss, term.units / len(loss)))}
-    if (right := correct_predictions(criterion, output, term.target)) is not None:
+    if errors and (right := correct_predictions(criterion, output, term.target)) is not None:
         found["error"] = PerExample(_rows(right[1] - right[0]), _rows(right[1]))
     return found
 
