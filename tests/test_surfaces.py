@@ -250,6 +250,12 @@ class TestSeedsAndSamples:
         u = random_direction(objective, 2, "whole")
         assert record["seeds"].rows[2]["first_curvature"] == pytest.approx(float(u @ A @ u / (u @ u)), rel=1e-9)
 
+    def test_progress_knows_what_is_asked_for(self):
+        told = []
+        og.measure(loss_cases()["cross-entropy"].objective(20), "surface", resolution=5, seeds=2, progress=lambda done, total, note: told.append((done, total)))
+        assert told[-1] == (50, 50) and all(done <= total for done, total in told) and [done for done, _ in told] == sorted(done for done, _ in told)
+        assert max(total for _, total in told) == 50 and len({done for done, _ in told}) > 10
+
     def test_axes_are_slices_of_the_surface(self):
         objective = loss_cases()["cross-entropy"].objective(100)
         record = og.measure(objective, "surface", resolution=8)  # no point of the picture lies on an axis

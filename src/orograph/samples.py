@@ -38,13 +38,14 @@ class Samples:
     plane: Plane
     statistics: SurfaceStatistics
     path: Path | None = None
-    report: Callable[[int], None] = lambda count: None
+    report: Callable[[int, int], None] = lambda done, expected: None
     found: dict[Place, tuple[float, float]] = field(default_factory=dict)
     evaluations: int = 0
     key: str = field(init=False)  # a hash of what the losses depend on
     _broken: bool = False  # the file ends in a line of a killed process
     _origin: tuple[float, PerExample | None] | None = None  # the loss there, and of its examples
     _together: int = 1
+    _expected: int = 0  # evaluations when what is asked for now is there
 
     def __post_init__(self) -> None:
         self.key = self._hash()
@@ -80,6 +81,7 @@ class Samples:
         """Whether samples found have the losses that they have now: no hash knows a user's own loss or the code of a model, and far from the origin both show."""
         places = sorted(stored, key=lambda place: (place[0] ** 2 + place[1] ** 2, place))
         chosen = list(dict.fromkeys(places[i] for i in (-1, -2, len(places) // 2) if -len(places) <= i < len(places)))[:WITNESSES]
+        self._expected = self.evaluations + len(chosen)
         self._evaluate(chosen, keep=False)
         now = [self.found.pop(place)[0] for place in chosen]
         return all(math.isclose(stored[place][0], loss, rel_tol=SAME) or (loss != loss and stored[place][0] != stored[place][0]) for place, loss in zip(chosen, now, strict=True))
@@ -109,6 +111,7 @@ class Samples:
         Places go through the data together, batch by batch, as many as a minute, a quarter of the free memory and `TOGETHER` allow: a killed job loses no more.
         """
         wanted = [place for place in dict.fromkeys(places) if place not in self.found]
+        self._expected = self.evaluations + len(wanted)
         while wanted:
             group, wanted = wanted[: self._together], wanted[self._together :]
             began = time.perf_counter()
@@ -128,7 +131,7 @@ class Samples:
             points = renormalised_all(self.objective, points)
         again = [] if self.objective.terms().batches.ordered else [self.objective.point(self.plane.origin)]  # in one pass with the others: examples that come in another order make no pairs
         share = len(group) / (len(group) + len(again))
-        found = losses_of(self.objective, [*points, *again], lambda done: self.report(before + int(done * share * len(group))))
+        found = losses_of(self.objective, [*points, *again], lambda done: self.report(before + int(done * share * len(group)), self._expected))
         middle = found.pop()[1] if again else origin[1]
         for (s, t), (loss, examples) in zip(group, found, strict=True):
             error = math.nan if examples is None or middle is None else difference_sem(middle, middle, examples, 0.5)
@@ -136,7 +139,7 @@ class Samples:
             if self.path is not None and keep:
                 self._append({"key": self.key, "s": s, "t": t, "loss": loss, "error": error})
         self.evaluations = before + len(group)
-        self.report(self.evaluations)
+        self.report(self.evaluations, self._expected)
 
     def _affordable(self, seconds: float) -> int:
         """How many places to take together, from what one took."""

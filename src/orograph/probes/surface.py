@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..pictures import (
     sampled_data,
 )
 from ..planes import Normalisation, Plane, plane_through, random_direction
-from ..progress import progress_bar
+from ..progress import Report, progress_bar
 from ..registry import Results, probe
 from ..results import Point, Result, Surface, Table
 from ..samples import Samples, SurfaceStatistics, chosen_policy
@@ -73,7 +73,7 @@ def surface(
     with progress_bar(subject.progress, "surface", unit="point") as report:
         for chosen in planes:
             before = sum(picture.surface.evaluations for picture in pictures)
-            samples = Samples(objective, chosen, statistics, Path(store) if store else None, partial(_tell, report, before, 100 * seeds))
+            samples = Samples(objective, chosen, statistics, Path(store) if store else None, partial(_tell, report, before, len(planes) - len(pictures) - 1))
             pictures.append(draw(samples, span=span, resolution=resolution, tol=tol, most=max_evaluations, seed=seed, networks=marks, whole=subject.objective))
     picture, chosen = pictures[0], planes[0]
     results: dict[str, Result] = {"surface": picture.surface, "first_axis": picture.slices[0], "second_axis": picture.slices[1]}
@@ -96,8 +96,9 @@ def surface(
     return results
 
 
-def _tell(report: Callable[[int, int, str], None], before: int, expected: int, count: int) -> None:
-    report(before + count, max(before + count, expected), "")
+def _tell(report: Report, before: int, to_come: int, done: int, expected: int) -> None:
+    """Progress over all planes: those to come will take about as many evaluations as this one."""
+    report(before + done, before + expected * (1 + to_come), "")
 
 
 def _models(subject: Subject, objective: Objective, planes: Sequence[Plane], pictures: Sequence[Picture], *, own: bool, seed: int) -> dict[str, Result]:

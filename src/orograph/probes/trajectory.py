@@ -41,7 +41,7 @@ def trajectory(
     statistics = chosen_policy("trajectory", statistics, subject.objective, len(points))
     objective = sampled_data(subject.objective, plane, examples, span=1.0, tol=tol, seed=seed)
     with progress_bar(subject.progress, "trajectory", unit="point") as report:
-        samples = Samples(objective, plane, statistics, Path(store) if store else None, lambda count: report(count, max(count, 100), ""))
+        samples = Samples(objective, plane, statistics, Path(store) if store else None, lambda done, expected: report(done, expected, ""))
         picture = draw(samples, span=1.0, resolution=resolution, tol=tol, most=max_evaluations, seed=seed, networks=points, whole=subject.objective)
         rows = [{"step": step} | row for step, row in enumerate(mark_rows(picture, objective, points))]
     faithful: list[dict[str, Any]] = [
