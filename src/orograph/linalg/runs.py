@@ -112,10 +112,10 @@ class Runs:
             V, D = self.pilots
             row = run.basis[run.size - 1]
             along = self.op.space.inner(row, V).to(V.dtype)
-            D = D - torch.outer(row, self.op.space.inner(row, D).to(V.dtype))
+            D = torch.addr(D, row, self.op.space.inner(row, D).to(V.dtype), alpha=-1)
             if not run.exhausted:
-                D = D - torch.outer(run.basis[run.size], run.beta * along)
-            self.pilots = V - torch.outer(row, along), D
+                D.addr_(run.basis[run.size], along, alpha=-run.beta)
+            self.pilots = torch.addr(V, row, along, alpha=-1), D
 
     def watch(self, seed: int) -> None:
         """Draw a few vectors, at one product each, by which `remainder` sees what is left."""
@@ -127,9 +127,9 @@ class Runs:
         assert self.pilots is not None  # watch() comes first
         V, D = self.pilots
         dimension = max(self.op.size - self.size, 1)
-        stretch = dimension / (V.double() ** 2).sum(dim=0).clamp(min=1e-300)
-        forms = stretch * (V.double() * D.double()).sum(dim=0)
-        left = stretch * (D.double() ** 2).sum(dim=0) - forms**2 / dimension
+        stretch = dimension / self.op.space.norm(V).square().clamp(min=1e-300)
+        forms = stretch * self.op.space.inner(V, D).diagonal()
+        left = stretch * self.op.space.norm(D).square() - forms**2 / dimension
         rest = float(forms.mean())
         return self.captured + rest, rest / dimension, max(float(left.mean()), 0.0)
 
