@@ -178,8 +178,9 @@ def describe(name: str = typer.Argument(help="Name of a probe.")) -> None:
 
 
 def plain_formulas(text: str) -> str:
-    """LaTeX as plain characters, near enough to be read in a terminal; one setting or result a line."""
-    text = re.sub(r"\\t?frac\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}\{([^{}]*)\}", r"\1/\2", text).replace(" · ", "\n- ").replace(" ·\n", "\n- ")
+    """LaTeX as plain characters, near enough to be read in a terminal; a paragraph is one line, and so is each setting or result in it."""
+    text = re.sub(r"(?<!\n)\n(?!\n)", " ", text)
+    text = re.sub(r"\\t?frac\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}\{([^{}]*)\}", r"\1/\2", text).replace(" · ", "\n- ")
     for command, character in (("\\|", "|"), ("\\,", " "), ("\\tfrac12", "1/2"), ("\\nabla", "grad "), ("\\le", "<="), ("\\odot", "*"), ("\\top", "T"), ("$", "")):
         text = text.replace(command, character)
     return re.sub(r"\\(?:operatorname|mathbb|sqrt|tfrac|frac)?\{?([A-Za-z]*)\}?", r"\1", text)

@@ -55,14 +55,23 @@ def surface(
     subject: Subject, *points: Point, plane: Any = None, axes: Axes = "random", normalisation: Normalisation = "filter", span: float = 1.0, resolution: int = 51, tol: float = 0.01,
     max_evaluations: int = 3500, statistics: SurfaceStatistics = "auto", examples: Examples = None, seed: int = 0, seeds: int = 1, store: str | None = None,
 ) -> dict[str, Result]:  # fmt: skip
-    r"""The loss over (s, t) in [-`span`, `span`]^2 of a plane: around the own point, through three networks, or a `plane` given.
+    r"""The loss over a plane: $L(\theta + s u + t v)$ for (s, t) in [-`span`, `span`]^2, around the own point, through three networks, or in a `plane` given.
 
-    `axes`: "random" directions, normalised per "filter", "layer" or as a "whole", of `seeds` seeds from `seed` on; the top two "eigenvectors" of the Hessian, unit vectors as they are; "gradient" and top eigenvector ·
-    samples at Chebyshev points are refined, and the plane is cut where the loss is not smooth, until the error on points never used is below `tol` of the range; the picture is then drawn at any `resolution`. What is not
-    finite stays a hole · `statistics`: BatchNorm's "frozen" at those of the plane's origin, "reestimated" at every point (one more forward pass), or "auto": re-estimated through three networks, each of which has its own · `examples`: a random sample of the data, or "enough" for a standard error below `tol` of the range ·
-    `store`: a file of samples, from which a killed job goes on and a finer one begins.
-    `first_axis`, `second_axis`: the loss along the axes; `quadratic`: the model from two products; `basins`: minima with their depth, against the errors of data and picture; `points`: where networks lie, and how far from the
-    plane; `faithful`: what to know before believing the picture; with several seeds `directions` (mean and standard error over all axes), `spread` (standard deviation between planes), `seeds`. Axes are in units of the norm of the weights.
+    The directions u, v have the length of the weights, so that s and t are relative distances (axes say how long they are). `axes`: "random", normalised per "filter" (Li et al. 2018,
+    arXiv:1712.09913), per "layer" or as a "whole" · "eigenvectors": the top two of the Hessian, unit vectors as they are · "gradient": it and the top eigenvector, unit vectors.
+
+    Samples at Chebyshev points are refined, and the plane is cut where the loss is not smooth, until the error estimated on points never used is below `tol` of the range; the picture is then drawn
+    at any `resolution`. What is not finite stays a hole; what happens between all samples, such as a narrow well, is not seen.
+
+    Settings: `statistics`: BatchNorm's "frozen" at those of the plane's origin, "reestimated" at every point (one more forward pass), or "auto": re-estimated through three networks, each of
+    which has its own · `examples`: a random sample of the data, or "enough" for a standard error below `tol` of the range · `seed`, `seeds`: the first seed of random axes, and how many planes ·
+    `store`: a file of samples, from which a killed job goes on and a finer one begins · `max_evaluations`: of the loss, for each plane.
+
+    Results: `surface` · `first_axis`, `second_axis`: the loss along the axes · `quadratic`: the model from two products · `basins`: minima and the passes out of them, against the errors of
+    data and picture · `points`: for each network where it lies, its own loss and that of its shadow in the plane, how far it is from the plane, and whether the plane misleads there · `faithful`:
+    what to know before believing the picture · with several seeds `directions` (mean and standard error over all axes), `spread` (standard deviation between planes) and `seeds`.
+
+    Cost: about 100 forward passes for a smooth network, 300 for ReLU with BatchNorm, and as many as the picture has points for a loss that is nowhere smooth.
     """
     _check(points, plane, axes, normalisation, span, resolution, tol, examples, seeds)
     statistics = chosen_policy("surface", statistics, subject.objective, len(points))

@@ -30,9 +30,16 @@ def trajectory(
 ) -> dict[str, Result]:
     r"""Networks, such as checkpoints of a training in their order, on the plane of their first two principal components through the last of them, over the loss in that plane.
 
-    `path`: for every network its coordinates, its own loss, the loss at its shadow in the plane (both evaluated, none read off the picture), the distance that the plane
-    leaves out, and whether it is `doubtful`: the residual is more than a quarter of the picture's half-diagonal, or the two losses differ by more than a quarter of the picture's range.
-    `statistics`: BatchNorm's in the plane, "frozen" at those of the last network, "reestimated" at every point (one more forward pass), or "auto": re-estimated where there are any. `examples`: a random sample of the data, or "enough" for a standard error below `tol` of the range.
+    Rows $w_k - \bar w$, centred; the plane of their two largest singular vectors, scaled so that all networks lie within 0.8 of the middle.
+
+    Settings: `statistics`: BatchNorm's in the plane, "frozen" at those of the last network, "reestimated" at every point (one more forward pass), or "auto": re-estimated where there are any ·
+    `examples`: a random sample of the data, or "enough" for a standard error below `tol` of the range · `resolution`, `tol`, `max_evaluations`, `store` as for a surface.
+
+    Results: `surface` · `path`: for every network its coordinates, its own loss, the loss at its shadow in the plane (both evaluated, none read off the picture), the distance that the plane
+    leaves out, and whether it is `doubtful`: a residual of more than a quarter of the picture's half-diagonal, or losses that differ by more than a quarter of the picture's range · `faithful`:
+    the variance explained and the picture's error.
+
+    Cost: a surface, and two forward passes for every network.
     """
     if len(points) < 3:
         raise TypeError(f"trajectory takes three networks or more, in the order of the training, got {len(points)}.")
