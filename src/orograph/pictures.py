@@ -18,12 +18,13 @@ from .linalg.operator import LinearOperator
 from .objective import Objective
 from .planes import Plane
 from .results import Curve, Point, Surface
-from .samples import Place, Samples
+from .samples import Place, Samples, SurfaceStatistics
 from .topology import basins_of
 from .variants import joined
 
 FAILS = 0.1  # of the picture's range, by which the quadratic model is off where it counts as failed
 PILOT = 256  # examples from which the number needed is told
+MOST = 8  # minima that are told, and evaluated
 DOUBTFUL = 0.25  # of the picture's size outside the plane, or of its range between true and in-plane loss
 Examples = int | Literal["enough"] | None
 
@@ -48,8 +49,8 @@ class Picture:
         return sum(len(self.sampled.points_in(square)) for square in self.sampled.squares if square.interpolant is None and not square.direct)
 
 
-def draw(samples: Samples, *, span: float, resolution: int, tol: float, most: int, seed: int, networks: Sequence[Point] = (), whole: Objective | None = None) -> Picture:
-    """The loss over (s, t) in [-span, span]^2 of a plane, at any resolution. `networks`: to be marked; `whole`: the objective of all examples, where the samples are of some."""
+def draw(samples: Samples, *, span: float, resolution: int, tol: float, most: int, seed: int, networks: Sequence[Point] = (), whole: Objective | None = None, title: str = "") -> Picture:
+    """The loss over (s, t) in [-span, span]^2 of a plane, at any resolution. `networks`: to be marked; `whole`: the objective of all examples, where the samples are of some; `title`: what plane it is."""
 
     def spanned(places: Sequence[Place]) -> list[Place]:
         return [(span * s, span * t) for s, t in places]
@@ -61,13 +62,15 @@ def draw(samples: Samples, *, span: float, resolution: int, tol: float, most: in
     error = variance.clamp(min=0).sqrt()
     along = [_along(sampled, axis, lambda places: samples.losses(spanned(places)), most) for axis in (0, 1)]
     x = span * sampled.axis
+    samples.losses([(float(x[i]), float(x[j])) for i, j in (basin.minimum for basin in basins_of(z)[:MOST])])  # a polynomial may have minima that the loss has not
     names = [f"{name}, in units of {_relative(samples, direction)}" for name, direction in (("s", samples.plane.u), ("t", samples.plane.v))]
     slices = [Curve(x=x, y=y, label=f"loss along the {order} axis", xlabel=name, ylabel="loss") for y, order, name in zip(along, ("first", "second"), names, strict=True)]
     some = whole is not None and whole.examples > samples.objective.examples
-    notes = [f"{samples.objective.examples:,} of {whole.examples:,} examples" if some and whole is not None else "", samples.policy]
+    own = sampled.errors[0]
+    notes = [title, f"error {own:.1%} of the range" if math.isfinite(own) else "", f"{samples.objective.examples:,} of {whole.examples:,} examples" if some and whole is not None else "", samples.policy]
     surface = Surface(
         x=x, y=x, z=z, error=None if bool(error.isnan().all()) else error, evaluations=samples.evaluations, label="loss", note=", ".join(filter(None, notes)), xlabel=names[0], ylabel=names[1],
-        logarithmic=sampled.scale().logarithmic is not None and not bool((z <= 0).any()),
+        logarithmic=sampled.scale().logarithmic is not None and not bool((z <= 0).any()), status="converged" if sampled.converged else "budget-limited",
     )  # fmt: skip
     return Picture(surface, (slices[0], slices[1]), sampled, samples)
 
@@ -95,6 +98,12 @@ def check_examples(probe: str, examples: object) -> None:
     """ValueError for what is no number of examples."""
     if examples is not None and examples != "enough" and (isinstance(examples, bool) or not isinstance(examples, Integral) or examples < 2):
         raise ValueError(f'{probe}(examples={examples!r}): give a number of examples from 2, "enough", or None for all.')
+
+
+def check_resolution(probe: str, resolution: object) -> None:
+    """ValueError for what is no number of points a side."""
+    if isinstance(resolution, bool) or not isinstance(resolution, Integral) or resolution < 3:
+        raise ValueError(f"{probe}(resolution={resolution!r}) needs a whole number of points a side, 3 at least.")
 
 
 def sampled_data(objective: Objective, plane: Plane, examples: Examples, *, span: float, tol: float, seed: int) -> Objective:
@@ -140,22 +149,26 @@ def quadratic_model(op: LinearOperator, objective: Objective, plane: Plane, pict
 
 
 def basin_rows(picture: Picture) -> list[dict[str, Any]]:
-    """Minima of the picture, deepest first, and whether each is deeper than the errors of the data and of the picture explain."""
+    """Minima of the picture, deepest first, with the loss evaluated there, and whether each is deeper than the errors of the data and of the picture explain."""
     surface, rows = picture.surface, []
-    for basin in basins_of(surface.z)[:12]:
+    finite = surface.z[surface.z.isfinite()]
+    for basin in basins_of(surface.z)[:MOST]:
         i, j = basin.minimum
         doubt, way = 0.0, {}
         if basin.pass_ is not None:
             way = {"pass_s": float(surface.x[basin.pass_[0]]), "pass_t": float(surface.y[basin.pass_[1]])}
-            doubt = 2 * picture.error + (0.0 if surface.error is None else 1.96 * math.hypot(float(surface.error[i, j]), float(surface.error[basin.pass_])))
-        rows.append({"s": float(surface.x[i]), "t": float(surface.y[j]), "loss": basin.value, "depth": basin.persistence, "significant": bool(basin.persistence > doubt)} | way)
+            doubt = (0.0 if surface.error is None else 1.96 * math.hypot(float(surface.error[i, j]), float(surface.error[basin.pass_])))
+        depth = basin.persistence if basin.pass_ is not None else float(finite.max()) - basin.value
+        row = {"s": float(surface.x[i]), "t": float(surface.y[j]), "loss": picture.samples.losses([(float(surface.x[i]), float(surface.y[j]))])[0], "depth": basin.persistence}
+        rows.append(row | {"significant": bool(depth > doubt + 2 * picture.error)} | way)
     return rows
 
 
 def mark_rows(picture: Picture, objective: Objective, networks: Sequence[Point]) -> list[dict[str, Any]]:
     """Where networks lie: coordinates, their own loss and the one at their shadow in the plane, both evaluated; what the plane leaves out; and whether it misleads there.
 
-    `doubtful`: a residual of more than a quarter of the picture's half-diagonal, or losses that differ by more than a quarter of the picture's range, or by anything unknown.
+    `doubtful`: a residual of more than a quarter of the picture's half-diagonal, or losses that differ by more than a quarter of the picture's range (of its logarithms, where it is read by
+    these), or by anything unknown.
     """
     plane, z = picture.samples.plane, picture.surface.z[picture.surface.z.isfinite()]
     spread = float(z.max() - z.min()) if len(z) else 0.0
@@ -164,9 +177,17 @@ def mark_rows(picture: Picture, objective: Objective, networks: Sequence[Point])
     for network in networks:
         s, t, off = plane.coordinates(network)
         loss, shadow = losses_of(objective, [network])[0][0], picture.samples.losses([(s, t)])[0]
-        doubtful = not (off <= DOUBTFUL * size and abs(loss - shadow) <= max(DOUBTFUL * spread, FLAT * abs(loss)))
+        apart = abs(loss - shadow) / max(spread, 4 * FLAT * abs(loss), 1e-300)
+        if picture.surface.wide:  # where a picture is read by its logarithms
+            apart = max(apart, abs(math.log(loss / shadow)) / math.log(float(z.max() / z.min()))) if loss > 0 and shadow > 0 else math.inf
+        doubtful = not (off <= DOUBTFUL * size and apart <= DOUBTFUL)
         rows.append({"name": network.label, "s": s, "t": t, "loss": loss, "in_plane_loss": shadow, "residual": off, "doubtful": doubtful})
     return rows
+
+
+def own_statistics(statistics: SurfaceStatistics) -> str:
+    """What to say beside losses of networks: theirs are by the statistics that they came with."""
+    return " (their own losses with the running statistics that they came with, in the plane with re-estimated ones)" if statistics == "reestimated" else ""
 
 
 def over_directions(pictures: Sequence[Picture]) -> tuple[Curve, Surface]:

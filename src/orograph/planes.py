@@ -13,6 +13,7 @@ from .objective import Objective
 from .paths import Place, theta_of
 from .results import Point
 
+MARGIN = 1.4  # half-width of a picture over that of its networks: minima around them are in it
 Normalisation = Literal["filter", "layer", "whole"]
 
 
@@ -66,10 +67,12 @@ def random_direction(objective: Objective, seed: int, normalisation: Normalisati
     return layout.flatten(found, theta)
 
 
-def plane_through(points: Sequence[Point], margin: float = 1.25) -> Plane:
+def plane_through(points: Sequence[Point], margin: float = MARGIN) -> Plane:
     """The plane of three networks, placed and scaled so that all lie within 1 / `margin` of [-1, 1]^2; its axes are orthogonal."""
     if len(points) != 3:
         raise ValueError(f"a plane goes through three networks, got {len(points)}.")
+    if any(torch.equal(points[i].theta, points[j].theta) for i, j in ((0, 1), (0, 2), (1, 2))):
+        raise ValueError("two of the three networks have the same weights, and make no plane. Use a barrier between two, or three different ones.")
     a, b, c = (theta_of(point).double() for point in points)
     e1 = b - a
     e2 = (c - a) - ((c - a) @ e1) / (e1 @ e1).clamp(min=1e-300) * e1
@@ -78,7 +81,7 @@ def plane_through(points: Sequence[Point], margin: float = 1.25) -> Plane:
     return _framed(points[0], torch.stack([e1 / e1.norm(), e2 / e2.norm()]), points, margin)
 
 
-def principal_plane(points: Sequence[Point], margin: float = 1.25) -> tuple[Plane, tuple[float, float]]:
+def principal_plane(points: Sequence[Point], margin: float = MARGIN) -> tuple[Plane, tuple[float, float]]:
     """The plane along the first two principal components of some networks, through the last of them, and the share of variance of each."""
     if len(points) < 3:
         raise ValueError(f"principal components need three networks at least, got {len(points)}.")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .objective import Objective
 from .progress import Progress
 from .records import Record, Records
-from .results import Density, Eigenpairs, Estimate, Point, Result, Spectrum, worst_status
+from .results import Density, Eigenpairs, Estimate, Point, Result, Spectrum, Surface, worst_status
 from .snapshots import fingerprint
 from .subject import Shared, Subject
 
@@ -154,7 +154,7 @@ def _measure(subject: Subject, one: Probe, points: tuple[Any, ...], tags: dict[s
     before, began = subject.shared.products, time.perf_counter()
     results = one.function(subject, *networks, **settings)
     spent = subject.shared.products - before
-    statuses = [result.status for result in results.values() if isinstance(result, (Estimate, Eigenpairs, Density, Spectrum))]
+    statuses = [result.status for result in results.values() if isinstance(result, (Estimate, Eigenpairs, Density, Spectrum, Surface))]
     return Record(
         probe=one.name,
         results=results,

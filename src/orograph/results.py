@@ -177,7 +177,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Surface:
-    """A quantity over a plane: `z[i, j]` at (x[i], y[j]); `error`: the standard error of each `z` against the one at the origin, or None; `evaluations` of the loss spent; `note`: what to know of the picture; `logarithmic`: its scale, None: where positive values span a factor of 30."""
+    """A quantity over a plane: `z[i, j]` at (x[i], y[j]); `error`: the standard error of each `z` against the one at the origin, or None; `evaluations` of the loss spent; `note`: what to know of the picture; `logarithmic`: its scale, None: where positive values span a factor of 30 · `status`: whether its own error is what was asked for."""
 
     x: Tensor
     y: Tensor
@@ -190,6 +190,7 @@ class Surface:
     ylabel: str = ""
     note: str = ""
     logarithmic: bool | None = None
+    status: Status = "converged"
 
     @property
     def wide(self) -> bool:
@@ -215,6 +216,12 @@ class Table:
     def columns(self) -> list[str]:
         """Column names in order of first appearance."""
         return list(dict.fromkeys(name for row in self.rows for name in row))
+
+    def __str__(self) -> str:
+        """The rows below each other."""
+        cells = [self.columns, *([f"{v:.4g}" if isinstance(v := row.get(c, ""), float) else str(v) for c in self.columns] for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

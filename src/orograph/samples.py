@@ -32,18 +32,22 @@ WITNESSES, SAME = 3, 1e-4  # samples found that are evaluated again, and what an
 
 @dataclass
 class Samples:
-    """Losses over one plane for one data set and one policy for running statistics. `path`: a JSON-lines file; a line is one sample, appended as soon as it is there."""
+    """Losses over one plane for one data set and one policy for running statistics.
+
+    `path`: a JSON-lines file; a line is one sample, appended as soon as it is there · `reference`: the place that errors are differences to.
+    """
 
     objective: Objective
     plane: Plane
     statistics: SurfaceStatistics
     path: Path | None = None
     report: Callable[[int, int], None] = lambda done, expected: None
+    reference: Place = (0.0, 0.0)
     found: dict[Place, tuple[float, float]] = field(default_factory=dict)
     evaluations: int = 0
     key: str = field(init=False)  # a hash of what the losses depend on
     _broken: bool = False  # the file ends in a line of a killed process
-    _origin: tuple[float, PerExample | None] | None = None  # the loss there, and of its examples
+    _referred: PerExample | None = None  # the losses of examples at the reference
     _together: int = 1
     _expected: int = 0  # evaluations when what is asked for now is there
 
@@ -70,7 +74,7 @@ class Samples:
         objective = self.objective
         point, own, criterion = objective.point(self.plane.origin), objective.fingerprints(), objective.recipe.criterion
         tensors = [self.plane.u, self.plane.v, point.theta, *point.buffers.values(), *point.frozen.values()]
-        rest: list[object] = [own["data"], own["parameters"], self.statistics, str(objective.dtype), objective.mode, str(objective.recipe.model)]
+        rest: list[object] = [self.reference, own["data"], own["parameters"], self.statistics, str(objective.dtype), objective.mode, str(objective.recipe.model)]
         if criterion is not None:
             rest += [criterion.name, criterion.reduction, *(f"{name}={fingerprint([x]) if isinstance(x, torch.Tensor) else x}" for name, x in sorted(criterion.settings.items()))]
         if objective.mode == "batch" or self.statistics == "reestimated":
@@ -86,12 +90,15 @@ class Samples:
         now = [self.found.pop(place)[0] for place in chosen]
         return all(math.isclose(stored[place][0], loss, rel_tol=SAME) or (loss != loss and stored[place][0] != stored[place][0]) for place, loss in zip(chosen, now, strict=True))
 
-    @property
-    def origin(self) -> tuple[float, PerExample | None]:
-        """The loss at the plane's origin, and that of its examples."""
-        if self._origin is None:
-            self._origin = losses_of(self.objective, [self.objective.point(self.plane.origin)])[0]
-        return self._origin
+    def _point(self, place: Place) -> Point:
+        point = self.objective.point(self.plane(*place))
+        return renormalised_all(self.objective, [point])[0] if self.statistics == "reestimated" else point
+
+    def referred(self) -> PerExample | None:
+        """The losses of the single examples at the reference."""
+        if self._referred is None:
+            self._referred = losses_of(self.objective, [self._point(self.reference)])[0][1]
+        return self._referred
 
     @property
     def policy(self) -> str:
@@ -106,7 +113,7 @@ class Samples:
         return [loss for loss, _ in self.at(places)]
 
     def at(self, places: Sequence[Place]) -> list[tuple[float, float]]:
-        """For each place the loss, and the standard error over examples of its difference to the loss at the origin.
+        """For each place the loss, and the standard error over examples of its difference to the loss at the reference.
 
         Places go through the data together, batch by batch, as many as a minute, a quarter of the free memory and `TOGETHER` allow: a killed job loses no more.
         """
@@ -120,21 +127,21 @@ class Samples:
         return [self.found[place] for place in places]
 
     def level_error(self) -> float:
-        """Standard error over examples of the loss at the origin itself, by which the whole picture may be too high or too low."""
-        nothing = PerExample(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
-        return math.nan if self.origin[1] is None else difference_sem(nothing, nothing, self.origin[1], 0.5)
+        """Standard error over examples of the loss at the reference itself, by which the whole picture may be too high or too low."""
+        nothing, there = PerExample(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)), self.referred()
+        return math.nan if there is None else difference_sem(nothing, nothing, there, 0.5)
 
     def _evaluate(self, group: Sequence[Place], *, keep: bool = True) -> None:
-        before, origin = self.evaluations, self.origin
+        before, there = self.evaluations, self.referred()
         points = [self.objective.point(self.plane(s, t)) for s, t in group]
         if self.statistics == "reestimated":
             points = renormalised_all(self.objective, points)
-        again = [] if self.objective.terms().batches.ordered else [self.objective.point(self.plane.origin)]  # in one pass with the others: examples that come in another order make no pairs
+        again = [] if self.objective.terms().batches.ordered else [self._point(self.reference)]  # in one pass with the others: examples that come in another order make no pairs
         share = len(group) / (len(group) + len(again))
         found = losses_of(self.objective, [*points, *again], lambda done: self.report(before + int(done * share * len(group)), self._expected))
-        middle = found.pop()[1] if again else origin[1]
+        there = found.pop()[1] if again else there
         for (s, t), (loss, examples) in zip(group, found, strict=True):
-            error = math.nan if examples is None or middle is None else difference_sem(middle, middle, examples, 0.5)
+            error = math.nan if examples is None or there is None else difference_sem(there, there, examples, 0.5)
             self.found[s, t] = loss, error
             if self.path is not None and keep:
                 self._append({"key": self.key, "s": s, "t": t, "loss": loss, "error": error})

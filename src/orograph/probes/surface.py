@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,9 +16,11 @@ from ..pictures import (
     Picture,
     basin_rows,
     check_examples,
+    check_resolution,
     draw,
     mark_rows,
     over_directions,
+    own_statistics,
     quadratic_model,
     sampled_data,
 )
@@ -30,6 +32,8 @@ from ..samples import Samples, SurfaceStatistics, chosen_policy
 from ..subject import Subject
 
 Axes = Literal["random", "eigenvectors", "gradient"]
+RADIUS = "length of (s, t) at which the quadratic model fails"
+AXES = {"eigenvectors": "the Hessian's top two eigenvectors", "gradient": "the gradient and the Hessian's top eigenvector"}
 
 
 def _says(results: Results) -> str:
@@ -39,8 +43,12 @@ def _says(results: Results) -> str:
     finite = s.z[s.z.isfinite()]
     if not len(finite):
         return "No point of this plane that was evaluated has a finite loss."
-    radius = rows.get("radius at which the quadratic model fails", math.nan)
-    model = f" The quadratic model is off by a tenth of the range from a distance of {radius:.2g} on." if math.isfinite(radius) else ""
+    radius = rows.get(RADIUS, math.nan)
+    model = f" The quadratic model is off by a tenth of the range from (s, t) of length {radius:.2g} on." if math.isfinite(radius) else ""
+    lowest = finite.min()
+    near = float(((s.x[:, None] ** 2 + s.y[None] ** 2).sqrt())[(s.z - lowest).abs() <= 0.02 * (finite.max() - lowest)].max())
+    if near < 0.2 * float(s.x[-1]):
+        model += f" The basin is small in it: span={2.5 * max(near, float(s.x[1] - s.x[0])):.1g} shows it."
     error, left = rows["error of the picture, share of its range"], rows["points of the picture left out"]
     own = f"; {error:.1%} of that range is the picture's own error" if math.isfinite(error) else ""
     left_out = f" {left:,} of its {s.z.numel():,} points are left out." if left else ""
@@ -69,7 +77,7 @@ def surface(
 
     Results: `surface` · `first_axis`, `second_axis`: the loss along the axes · `quadratic`: the model from two products · `basins`: minima and the passes out of them, against the errors of
     data and picture · `points`: for each network where it lies, its own loss and that of its shadow in the plane, how far it is from the plane, and whether the plane misleads there · `faithful`:
-    what to know before believing the picture · with several seeds `directions` (mean and standard error over all axes), `spread` (standard deviation between planes) and `seeds`.
+    what to know before believing the picture · with several seeds `directions` (mean and standard error over all axes), `spread` (standard deviation between planes) and `seeds` (the picture itself is the first one's; `seed` chooses).
 
     Cost: about 100 forward passes for a smooth network, 300 for ReLU with BatchNorm, and as many as the picture has points for a loss that is nowhere smooth.
     """
@@ -82,23 +90,26 @@ def surface(
     with progress_bar(subject.progress, "surface", unit="point") as report:
         for chosen in planes:
             before = sum(picture.surface.evaluations for picture in pictures)
-            samples = Samples(objective, chosen, statistics, Path(store) if store else None, partial(_tell, report, before, len(planes) - len(pictures) - 1))
-            pictures.append(draw(samples, span=span, resolution=resolution, tol=tol, most=max_evaluations, seed=seed, networks=marks, whole=subject.objective))
+            samples = Samples(objective, chosen, statistics, Path(store) if store else None, partial(_tell, report, before, len(planes) - len(pictures) - 1), reference=(0.0, 0.0) if plane is not None else chosen.coordinates(marks[0])[:2])
+            title = "the plane given" if plane is not None else "through three networks" if points else f"random axes, {normalisation}-normalised, seed {seed + len(pictures)}" if axes == "random" else AXES[axes]
+            pictures.append(draw(samples, span=span, resolution=resolution, tol=tol, most=max_evaluations, seed=seed, networks=marks, whole=subject.objective, title=title))
     picture, chosen = pictures[0], planes[0]
     results: dict[str, Result] = {"surface": picture.surface, "first_axis": picture.slices[0], "second_axis": picture.slices[1]}
     results |= _models(subject, objective, planes, pictures, own=not points and plane is None and statistics == "frozen", seed=seed)
     results["basins"] = Table(rows=basin_rows(picture), x="s", y="depth", label="minima in the plane")
-    results["points"] = Table(rows=mark_rows(picture, objective, marks), x="s", y="t", label="networks in the plane")
+    results["points"] = Table(rows=mark_rows(picture, objective, marks), x="s", y="t", label=f"networks in the plane{own_statistics(statistics)}")
     rows: list[dict[str, Any]] = [
         {"quantity": "error of the picture, share of its range", "value": picture.sampled.errors[0]},
         *([{"quantity": "error of its logarithms, share of their range", "value": picture.sampled.errors[1]}] if picture.sampled.scale().logarithmic is not None else []),
         {"quantity": "samples that it is drawn from", "value": len(picture.sampled.seen)}, {"quantity": "error asked for was reached", "value": picture.sampled.converged}, {"quantity": "points of the picture left out", "value": picture.unknown},
         {"quantity": "cosine between the axes", "value": chosen.cosine}, {"quantity": "share of the first axis in biases and norms", "value": _flat_share(subject, chosen)},
     ]  # fmt: skip
+    lengths = [float(x.double().norm()) for x in (chosen.origin.theta if isinstance(chosen.origin, Point) else chosen.origin, chosen.u, chosen.v)]
+    rows += [{"quantity": name, "value": length} for name, length in zip(("norm of the weights, |w|", "length of the first axis", "length of the second axis"), lengths, strict=True)]
     if picture.surface.error is not None:
         rows += [
-            {"quantity": "largest standard error of the data, of differences to the middle", "value": float(picture.surface.error.nan_to_num(nan=0.0, posinf=math.inf).max())},
-            {"quantity": "standard error of the data, of the loss in the middle", "value": picture.samples.level_error()},
+            {"quantity": f"largest standard error of the data, of differences to {marks[0].label if plane is None else 'the origin'}", "value": float(picture.surface.error.nan_to_num(nan=0.0, posinf=math.inf).max())},
+            {"quantity": f"standard error of the data, of the loss at {marks[0].label if plane is None else 'the origin'}", "value": picture.samples.level_error()},
         ]
     model = results.pop("faithful", None)
     results["faithful"] = Table(rows=rows + (model.rows if isinstance(model, Table) else []), x="quantity", y="value", label="before believing the picture")
@@ -130,7 +141,7 @@ def _models(subject: Subject, objective: Objective, planes: Sequence[Plane], pic
         rows.append(row)
     if op is not None:
         subject.shared.elsewhere += op.products - before if objective is not subject.objective else 0
-        names = {"radius": "radius at which the quadratic model fails", "first_curvature": "curvature along the first axis", "second_curvature": "curvature along the second axis"}
+        names = {"radius": RADIUS, "first_curvature": "curvature along the first axis, per squared distance", "second_curvature": "curvature along the second axis, per squared distance"}
         results["faithful"] = Table(rows=[{"quantity": name, "value": rows[0][key]} for key, name in names.items()])
     if len(planes) > 1:
         results["directions"], results["spread"] = over_directions(pictures)
@@ -182,12 +193,16 @@ def _check(points: tuple[Point, ...], plane: Any, axes: Any, normalisation: Any,
         raise TypeError(f"surface takes no network (a plane around the own point) or three, got {len(points)}.")
     if points and plane is not None:
         raise ValueError("surface: give three networks or plane=, not both.")
+    if (points or plane is not None) and (axes, normalisation) != ("random", "filter"):
+        raise ValueError(f"surface: the plane is given, so axes={axes!r} and normalisation={normalisation!r} choose nothing. Leave them out.")
     if plane is not None and not isinstance(plane, Plane):
         raise TypeError(f"surface(plane=...) needs an orograph.Plane, got {type(plane).__name__}.")
     if axes not in get_args(Axes) or normalisation not in get_args(Normalisation):
         raise ValueError(f"surface(axes={axes!r}, normalisation={normalisation!r}): choose axes from {get_args(Axes)}, normalisation from {get_args(Normalisation)}.")
-    if not span > 0 or resolution < 3 or not tol > 0:
-        raise ValueError(f"surface(span={span}, resolution={resolution}, tol={tol}) needs positive numbers, and 3 points a side at least.")
+    for name, value in (("span", span), ("tol", tol)):
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+            raise ValueError(f"surface({name}={value!r}) needs a positive number.")
+    check_resolution("surface", resolution)
     if not isinstance(seeds, Integral) or isinstance(seeds, bool) or int(seeds) < 1 or (int(seeds) > 1 and (points or plane is not None or axes != "random")):
         raise ValueError(f"surface(seeds={seeds!r}) needs a number from 1, and more than 1 only for random axes, which are what a seed draws.")
     check_examples("surface", examples)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..pictures import Examples, check_examples, draw, mark_rows, sampled_data
+from ..pictures import Examples, check_examples, check_resolution, draw, mark_rows, own_statistics, sampled_data
 from ..planes import principal_plane
 from ..progress import progress_bar
 from ..registry import Results, probe
@@ -44,18 +44,19 @@ def trajectory(
     if len(points) < 3:
         raise TypeError(f"trajectory takes three networks or more, in the order of the training, got {len(points)}.")
     check_examples("trajectory", examples)
+    check_resolution("trajectory", resolution)
     plane, variances = principal_plane(points)
     statistics = chosen_policy("trajectory", statistics, subject.objective, len(points))
     objective = sampled_data(subject.objective, plane, examples, span=1.0, tol=tol, seed=seed)
     with progress_bar(subject.progress, "trajectory", unit="point") as report:
-        samples = Samples(objective, plane, statistics, Path(store) if store else None, lambda done, expected: report(done, expected, ""))
-        picture = draw(samples, span=1.0, resolution=resolution, tol=tol, most=max_evaluations, seed=seed, networks=points, whole=subject.objective)
+        samples = Samples(objective, plane, statistics, Path(store) if store else None, lambda done, expected: report(done, expected, ""), reference=plane.coordinates(points[-1])[:2])
+        picture = draw(samples, span=1.0, resolution=resolution, tol=tol, most=max_evaluations, seed=seed, networks=points, whole=subject.objective, title="principal components")
         rows = [{"step": step} | row for step, row in enumerate(mark_rows(picture, objective, points))]
     faithful: list[dict[str, Any]] = [
         {"quantity": "explained variance", "value": sum(variances)}, {"quantity": "first component", "value": variances[0]}, {"quantity": "second component", "value": variances[1]},
         {"quantity": "error of the picture, share of its range", "value": picture.sampled.errors[0]}, {"quantity": "error asked for was reached", "value": picture.sampled.converged},
     ]  # fmt: skip
     return {
-        "surface": picture.surface, "path": Table(rows=rows, x="step", y="loss", label="the way through the plane"),
+        "surface": picture.surface, "path": Table(rows=rows, x="step", y="loss", label=f"the way through the plane{own_statistics(statistics)}"),
         "faithful": Table(rows=faithful, x="quantity", y="value", label="before believing the picture"),
     }  # fmt: skip
