@@ -3,8 +3,10 @@
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -323,5 +325,50 @@ def test_describe_says_what_a_probe_measures_and_lists_its_settings():
     shown = CliRunner().invoke(app, ["describe", "pac_bayes"])
     assert shown.exit_code == 0 and "prior_samples" in shown.output and "27 values" in shown.output and "$" not in shown.output
     assert plain_formulas(r"$\\|\\nabla L\\|_2$".replace("\\\\", "\\")) == "|grad  L|_2"
+    surface = CliRunner().invoke(app, ["describe", "surface"], env={"COLUMNS": "200"})
+    assert "random, eigenvectors, gradient" in surface.output and "auto, frozen, reestimated" in surface.output and "enough" in surface.output
     wrong = CliRunner().invoke(app, ["describe", "sharpnes"])
     assert wrong.exit_code == 1
+
+
+def test_figures_of_different_planes_have_names_of_their_own():
+    from orograph import Record, Table
+    from orograph.tasks import picture_stem
+
+    def stem(probe="surface", networks=1, **settings):
+        return picture_stem(Record(probe=probe, results={"points": Table(rows=[{"name": str(i)} for i in range(networks)])}, settings=settings))
+
+    names = [stem(), stem(axes="eigenvectors"), stem(networks=3), stem(plane="<Plane>"), stem(probe="trajectory")]
+    assert names == ["surface", "surface-eigenvectors", "surface-three-networks", "surface-plane", "trajectory"]
+
+
+def test_a_file_of_something_else_is_named(tmp_path):
+    import torch
+    from torch import nn
+
+    from orograph import Objective
+
+    objective = Objective(nn.Linear(2, 2), nn.CrossEntropyLoss(), (torch.ones(4, 2), torch.tensor([0, 1, 0, 1])))
+    for content in (b"hello, this is text", b"\x80\x02}q", b""):
+        (tmp_path / "junk.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"junk.pt (is no weights file|holds)"):
+            objective.point(tmp_path / "junk.pt")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_says_what_is_kept(tmp_path):
+    task = tmp_path / "task.py"
+    task.write_text(
+        "import time\nimport torch\nfrom torch import nn\nfrom orograph import Objective\n\n\nclass Slow(nn.Linear):\n    def forward(self, x):\n        time.sleep(0.03)\n        return super().forward(x)\n\n\n"
+        "def objective():\n    torch.manual_seed(0)\n    return Objective(Slow(4, 3), nn.CrossEntropyLoss(), (torch.randn(30, 4), torch.arange(30) % 3))\n"
+    )
+    command = [str(Path(sys.executable).parent / "orograph"), "surface", str(task), "--out", str(tmp_path / "out"), "--set", "surface.tol=1e-9"]
+    store = tmp_path / "out" / "samples.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for _ in range(600):
+            if store.exists() and store.read_text().count("\n") > 3:
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "samples are kept in" in output and "the same command goes on" in output and "Traceback" not in output

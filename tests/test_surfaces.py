@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -446,6 +447,55 @@ class TestWhatIsSaid:
         holed = og.Surface(x=record["surface"].x, y=record["surface"].y, z=torch.where(record["surface"].x[:, None] > 0.2, math.nan, record["surface"].z))
         assert quadratic_model(og.hessian(objective), objective, plane, holed)[1] == pytest.approx(0.21, abs=0.011)
 
+    def test_a_picture_that_is_not_good_enough_is_not_converged(self):
+        objective, plane = planted(lambda w: 1 + (300 * w[0]).sin() * (200 * w[1]).cos())
+        record = og.measure(objective, "surface", plane=plane, max_evaluations=100)
+        assert record.status == record["surface"].status == "budget-limited" and facts(record)["lowest sample"] >= 0
+        calm, plane = planted(lambda w: (w**2).sum())
+        assert og.measure(calm, "surface", plane=plane).status == "converged"
+
+    def test_doubt_is_read_on_the_pictures_own_scale(self):
+        objective, plane = planted(lambda w: 1e-3 + w[0] ** 2 + w[1] ** 2 + w[2] ** 2, 3)
+        off = replace(plane, origin=objective.at(torch.tensor([0.0, 0.0, 0.3], **DOUBLE)).point())  # in the plane the loss is 0.091 where the network has 0.001
+        record = og.measure(objective, "surface", plane=off, span=10.0)
+        row = record["points"].rows[0]
+        assert record["surface"].wide and row["loss"] == pytest.approx(1e-3) and row["in_plane_loss"] == pytest.approx(0.091)
+        assert row["doubtful"] == (math.log(91) > 0.25 * math.log(float(record["surface"].z.max() / record["surface"].z.min())))
+        assert row["doubtful"] and "Do not trust it at" in record.says
+
+    def test_errors_are_differences_to_a_network_and_not_to_the_hill_between(self):
+        x, y = torch.randn(80, 4, generator=torch.Generator().manual_seed(0), **DOUBLE), torch.arange(80) % 3
+        nets = []
+        for seed in range(3):
+            torch.manual_seed(seed)
+            nets.append(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double().eval())
+        objective = og.Objective(nets[0], nn.CrossEntropyLoss(), (x, y))
+        for policy in ("auto", "frozen"):
+            record = og.measure(objective, "surface", *nets, statistics=policy, store=None)
+            at = [row["s"] for row in record["points"].rows][:1] + [row["t"] for row in record["points"].rows][:1]
+            i, j = (int((record["surface"].x - value).abs().argmin()) for value in at)
+            assert float(record["surface"].error[i, j]) < 0.1 * float(record["surface"].error.max())
+            samples = Samples(objective, plane_through([objective.point(net) for net in nets]), "reestimated" if policy == "auto" else policy, reference=(at[0], at[1]))
+            assert samples.at([(at[0], at[1])])[0][1] == pytest.approx(0.0, abs=1e-12)
+        assert "differences to Sequential 1" in str(record["faithful"])
+
+    @pytest.mark.parametrize("settings", [{"axes": "eigenvectors"}, {"normalisation": "whole"}])
+    def test_settings_that_a_given_plane_ignores_are_refused(self, settings):
+        objective, plane = planted(lambda w: (w**2).sum())
+        with pytest.raises(ValueError, match="the plane is given"):
+            og.measure(objective, "surface", plane=plane, **settings)
+
+    @pytest.mark.parametrize("settings", [{"span": "1"}, {"span": -1}, {"tol": math.nan}, {"resolution": 20.5}, {"resolution": 2}])
+    def test_a_wrong_setting_is_named(self, settings):
+        objective, _ = planted(lambda w: (w**2).sum())
+        ((name, value),) = settings.items()
+        with pytest.raises(ValueError, match=re.escape(f"surface({name}={value!r}) needs a")):
+            og.measure(objective, "surface", **settings)
+
+    def test_two_networks_of_three_that_are_one_are_named(self):
+        with pytest.raises(ValueError, match="two of the three networks have the same weights"):
+            plane_through([og.Point(theta=flat(k, 9)) for k in (1, 1, 2)])
+
     def test_each_axis_has_its_own_slice(self):
         objective, plane = planted(lambda w: 1 + w[0] ** 2 + 3 * w[1] ** 2)
         record = og.measure(objective, "surface", plane=plane)
@@ -696,6 +746,10 @@ class TestExports:
         assert torch.equal(og.load_surface(tmp_path / "s.npz").z.nan_to_num(9), z.nan_to_num(9))
         with pytest.raises(ValueError, match="knows"):
             og.save_surface(surface, tmp_path / "s.jpeg")
+        with pytest.raises(TypeError, match=r"Use record\['surface'\]"):
+            og.save_surface(object(), tmp_path / "s.png")
+        with pytest.raises(ValueError, match="needs a table with columns s and t"):
+            og.save_surface(surface, tmp_path / "s.png", marks=og.Table(rows=[{"quantity": "a", "value": 1.0}]))
         with pytest.raises(ValueError, match="choose from contours, relief"):
             og.save_surface(surface, tmp_path / "s.png", view="top")
 
@@ -710,7 +764,7 @@ class TestExports:
             first, second = (og.save_surface(surface, tmp_path / f"{name}{ending}", marks=marks, view=view).read_bytes() for name in "ab")
             assert first == second and len(first) > 3000
         text = (tmp_path / "a.svg").read_text()
-        assert "<svg" in text and "45 evaluations" in text
+        assert "<svg" in text and "45 evaluations" in text and "a&lt;b&gt;$x_$" in text  # as letters, which can be searched and edited
         bare = og.save_surface(surface, tmp_path / "bare.png", view=view).read_bytes()
         assert bare != (tmp_path / "a.png").read_bytes()  # networks are marked
         with pytest.raises(ValueError, match=r"a line. Save it as .csv"):

@@ -6,8 +6,10 @@ import inspect
 import re
 import sysconfig
 import traceback
+from collections import Counter
 from pathlib import Path
 from types import TracebackType
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import typer
@@ -22,7 +24,19 @@ from .records import LINES, load_records, save_records
 from .registry import find_probe, list_probes
 from .report import write_report
 from .results import Point, Surface
-from .tasks import Job, check_device, check_files, check_probes, import_task, make_objective, read_settings, run_job, save_pictures
+from .tasks import (
+    Job,
+    check_device,
+    check_files,
+    check_probes,
+    count_lines,
+    import_task,
+    make_objective,
+    picture_stem,
+    read_settings,
+    run_job,
+    save_pictures,
+)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Maps the loss landscape of real neural networks.")
 console = Console()
@@ -86,13 +100,14 @@ def _measure(
     chosen = read_settings(settings, probes, seed)
     objective = make_objective(module, "objective", device)
     held_out = make_objective(module, "held_out", device) if "held_out" in vars(module) else None
-    drawn = 0
+    drawn: Counter[str] = Counter()
     for records in run_job(Job(objective, held_out, probes, chosen, tuple(weights))):
         save_records(records, folder)
         for record in records:
             if isinstance(record.results.get("surface"), Surface):
-                drawn += 1
-                files = save_pictures(record, out, "surface" if drawn == 1 else f"surface-{drawn}")
+                stem = picture_stem(record)
+                drawn[stem] += 1
+                files = save_pictures(record, out, stem if drawn[stem] == 1 else f"{stem}-{drawn[stem]}")
                 console.print(f"Surface: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
             if isinstance(merged := record.results.get("merged"), Point):
                 save_file({name: tensor.contiguous() for name, tensor in objective.state_dict(merged).items()}, out / "merged.safetensors")
@@ -136,7 +151,13 @@ def surface(
     try:
         if not any(text.startswith("surface.store=") for text in settings):
             settings = [*settings, f"surface.store={out / 'samples.jsonl'}"]
+        store = next(text for text in settings if text.startswith("surface.store=")).partition("=")[2]
+        if (kept := count_lines(Path(store))) > 0:
+            console.print(f"Going on from {store}, which holds {kept} samples (of this surface, or of others).", highlight=False, soft_wrap=True)
         _measure(task, ("surface",), weights, settings, out, device, threads, seed)
+    except KeyboardInterrupt:
+        console.print(f"\nInterrupted. {count_lines(Path(store))} samples are kept in {store}: the same command goes on from there.", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
     except Exception as error:
         raise _failed(error) from error
 
@@ -172,8 +193,10 @@ def describe(name: str = typer.Argument(help="Name of a probe.")) -> None:
     table = Table(title=f"settings of {name}", show_lines=False, pad_edge=False)
     table.add_column("setting", style="bold", no_wrap=True)
     table.add_column("default")
+    table.add_column("choices")
+    choices = get_type_hints(one.function)
     for setting, default in one.settings.items():
-        table.add_row(setting, shortened(str(default)))
+        table.add_row(setting, shortened(str(default)), ", ".join(literals(choices.get(setting))))
     console.print(table)
 
 
@@ -184,6 +207,13 @@ def plain_formulas(text: str) -> str:
     for command, character in (("\\|", "|"), ("\\,", " "), ("\\tfrac12", "1/2"), ("\\nabla", "grad "), ("\\le", "<="), ("\\odot", "*"), ("\\top", "T"), ("$", "")):
         text = text.replace(command, character)
     return re.sub(r"\\(?:operatorname|mathbb|sqrt|tfrac|frac)?\{?([A-Za-z]*)\}?", r"\1", text)
+
+
+def literals(hint: object) -> list[str]:
+    """The words that a setting may be."""
+    if get_origin(hint) is Literal:
+        return [str(choice) for choice in get_args(hint)]
+    return [word for part in get_args(hint) for word in literals(part)]
 
 
 def shortened(text: str) -> str:

@@ -26,6 +26,10 @@ def save_surface(surface: Surface, path: str | Path, *, marks: Table | None = No
     figure, such as record["points"] or record["path"] · `view`: "contours" or "relief". Figures need `orograph[figures]`.
     """
     path = Path(path)
+    if not isinstance(surface, Surface):
+        raise TypeError(f"save_surface needs a Surface, got {type(surface).__name__}. Use record['surface'].")
+    if marks is not None and not {"s", "t"} <= set(marks.columns):
+        raise ValueError(f"save_surface(marks=...) needs a table with columns s and t, such as record['points'], got {', '.join(marks.columns)}.")
     if path.suffix not in FORMATS + PAPER_FORMATS:
         raise ValueError(f"save_surface(path={str(path)!r}) knows {', '.join(FORMATS + PAPER_FORMATS)}. Choose one of these endings.")
     if view not in get_args(View):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from .results import Surface
 PAPER_FORMATS = (".png", ".svg", ".pdf")
 View = Literal["contours", "relief"]
 SIZE, DOTS = (4.6, 3.9), 200  # inches: a column's width; dots per inch of a PNG
+GROUND = {"facecolor": "0.15", "alpha": 0.5, "edgecolor": "none", "pad": 0.8}  # under white letters, which can then be read on yellow
 MAGENTA, NAMED = "#c0267b", 12  # more marks than this go without names
 
 
@@ -27,11 +29,11 @@ def draw_paper(surface: Surface, path: Path, marks: Sequence[dict[str, Any]], vi
     except ImportError as error:
         raise ImportError(f"{path.suffix} needs matplotlib: pip install 'orograph[figures]'. Or choose .npz, .csv or .vtk.") from error
 
-    with rc_context({"svg.hashsalt": "orograph", "text.parse_math": False, "font.size": 9, "axes.linewidth": 0.6}):  # no pyplot: the user's figures and backend stay as they are
+    with rc_context({"svg.hashsalt": "orograph", "svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "axes.linewidth": 0.6}):  # no pyplot: the user's figures and backend stay as they are
         figure = Figure(figsize=SIZE, layout="constrained")
         (_contours if view == "contours" else _relief)(figure, surface, marks)
         notes = [f"{surface.evaluations:,} evaluations" if surface.evaluations else "", surface.note]
-        figure.supxlabel(", ".join(filter(None, notes)), fontsize=6.5, color="0.35")
+        figure.supxlabel(fill(", ".join(filter(None, notes)), 88), fontsize=6.5, color="0.35")
         when = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix, {})
         figure.savefig(path, dpi=DOTS, metadata={**when, "Title": surface.label or "surface"})
 
@@ -70,7 +72,7 @@ def _contours(figure: Any, surface: Surface, marks: Sequence[dict[str, Any]]) ->
         axes.plot(s, t, color=MAGENTA, linestyle="-" if way else "", linewidth=1, marker="o", markersize=3 if way else 4.5, markeredgecolor="white", markeredgewidth=0.6, clip_on=False)
         named = (places[0], places[-1]) if way else places if len(places) <= NAMED else ()  # of a way its ends
         for row in named:
-            axes.annotate(str(row.get("name", row.get("step", ""))), (row["s"], row["t"]), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7, color="white")
+            axes.annotate(str(row.get("name", row.get("step", ""))), (row["s"], row["t"]), xytext=(0, 5), textcoords="offset points", ha=_side(float(row["s"]), x), fontsize=7, color="white", bbox=GROUND)
     axes.locator_params(nbins=5)
     axes.set_xlabel(surface.xlabel)
     axes.set_ylabel(surface.ylabel)
@@ -92,12 +94,23 @@ def _relief(figure: Any, surface: Surface, marks: Sequence[dict[str, Any]]) -> N
     inside = [row for row in _places(marks) if x[0] <= row["s"] <= x[-1] and y[0] <= row["t"] <= y[-1]]
     if inside:
         columns, rows = (np.abs(grid[None] - np.array([[row[key]] for row in inside])).argmin(1) for grid, key in ((x, "s"), (y, "t")))
-        axes.plot(x[columns], y[rows], heights.filled(np.nan)[rows, columns], color=MAGENTA, linestyle="", marker="o", markersize=4, markeredgecolor="white", markeredgewidth=0.6, zorder=10)
+        top = float(heights.max()) + 0.12 * float(heights.max() - heights.min())
+        for row, i, j in zip(inside, columns, rows, strict=True):  # pins: a dot alone would seem to lie on whatever hides it
+            axes.plot([x[i], x[i]], [y[j], y[j]], [heights.filled(np.nan)[j, i], top], color=MAGENTA, linewidth=0.8, zorder=10)
+            axes.plot([x[i]], [y[j]], [top], color=MAGENTA, marker="o", markersize=3.5, zorder=11)
+            if len(inside) <= NAMED:
+                axes.text(x[i], y[j], top + 0.03 * (top - float(heights.min())), str(row.get("name", row.get("step", ""))), fontsize=6.5, ha="center", zorder=12)
 
 
 def _places(marks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows that have a place."""
     return [row for row in marks if all(isinstance(row.get(key), int | float) and math.isfinite(row[key]) for key in ("s", "t"))]
+
+
+def _side(s: float, x: Any) -> str:
+    """Where a name goes, so that it stays in the figure."""
+    share = (s - float(x[0])) / float(x[-1] - x[0])
+    return "right" if share > 0.85 else "left" if share < 0.15 else "center"
 
 
 def _bar(figure: Any, filled: Any, axes: Any, surface: Surface) -> None:

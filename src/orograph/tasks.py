@@ -153,6 +153,21 @@ def run_job(job: Job, progress: Progress = None) -> Iterator[Records]:
         yield _from_files(found, job.weights)
 
 
+def picture_stem(record: Record) -> str:
+    """A file name that tells pictures of different planes apart: "surface", "surface-eigenvectors", "surface-three-networks", "trajectory"."""
+    if record.probe != "surface":
+        return record.probe
+    axes, points = str(record.settings.get("axes", "random")), record.results.get("points")
+    if record.settings.get("plane") is not None or (isinstance(points, Table) and len(points.rows) == 3):
+        return "surface-plane" if record.settings.get("plane") is not None else "surface-three-networks"
+    return "surface" if axes == "random" else f"surface-{axes}"
+
+
+def count_lines(path: Path) -> int:
+    """Samples in a store."""
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
 def save_pictures(record: Record, folder: Path, stem: str) -> list[Path]:
     """The surface of a record in every format: data, and figures with its networks marked where matplotlib is installed."""
     surface = record["surface"]

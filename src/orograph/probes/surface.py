@@ -55,7 +55,7 @@ def _says(results: Results) -> str:
     short = "" if rows["error asked for was reached"] else " Evaluations ran out before the error asked for was reached: raise max_evaluations, or ask for less (tol)."
     doubtful = [str(row["name"]) for row in points.rows if row["doubtful"]]
     doubt = f" Do not trust it at {', '.join(doubtful)}, whose own loss is another one or which lies outside." if doubtful else ""
-    return f"Over this plane the loss goes from {float(finite.min()):.3g} to {float(finite.max()):.3g}, drawn from {rows['samples that it is drawn from']:,} samples{own}.{left_out}{short}{doubt}{model}"
+    return f"Over this plane the loss goes from {rows['lowest sample']:.3g} to {rows['highest sample']:.3g}, drawn from {rows['samples that it is drawn from']:,} samples{own}.{left_out}{short}{doubt}{model}"
 
 
 @probe(says=_says)
@@ -98,10 +98,12 @@ def surface(
     results |= _models(subject, objective, planes, pictures, own=not points and plane is None and statistics == "frozen", seed=seed)
     results["basins"] = Table(rows=basin_rows(picture), x="s", y="depth", label="minima in the plane")
     results["points"] = Table(rows=mark_rows(picture, objective, marks), x="s", y="t", label=f"networks in the plane{own_statistics(statistics)}")
+    seen = [loss for loss, _ in picture.samples.found.values() if math.isfinite(loss)]
     rows: list[dict[str, Any]] = [
         {"quantity": "error of the picture, share of its range", "value": picture.sampled.errors[0]},
         *([{"quantity": "error of its logarithms, share of their range", "value": picture.sampled.errors[1]}] if picture.sampled.scale().logarithmic is not None else []),
-        {"quantity": "samples that it is drawn from", "value": len(picture.sampled.seen)}, {"quantity": "error asked for was reached", "value": picture.sampled.converged}, {"quantity": "points of the picture left out", "value": picture.unknown},
+        {"quantity": "samples that it is drawn from", "value": len(picture.sampled.seen)}, {"quantity": "lowest sample", "value": min(seen, default=math.nan)},
+        {"quantity": "highest sample", "value": max(seen, default=math.nan)}, {"quantity": "error asked for was reached", "value": picture.sampled.converged}, {"quantity": "points of the picture left out", "value": picture.unknown},
         {"quantity": "cosine between the axes", "value": chosen.cosine}, {"quantity": "share of the first axis in biases and norms", "value": _flat_share(subject, chosen)},
     ]  # fmt: skip
     lengths = [float(x.double().norm()) for x in (chosen.origin.theta if isinstance(chosen.origin, Point) else chosen.origin, chosen.u, chosen.v)]

@@ -157,7 +157,7 @@ def _groups(shown: Sequence[Shown]) -> list[tuple[str, type, list[Series]]]:
     over_tag = len({s.group for s in shown}) < len(shown)  # one network at several values of a tag: colour shows the order
     colours = spread(len(shown)) if over_tag else [s.colour for s in shown]
     for s, colour in zip(shown, colours, strict=True):
-        marks = [row for r in s.record.results.values() if isinstance(r, Table) and {"s", "t"} <= set(r.columns) for row in r.rows]
+        marks = [row for r in s.record.results.values() if isinstance(r, Table) and {"s", "t"} <= set(r.columns) and {"name", "step"} & set(r.columns) for row in r.rows]  # networks, no minima
         for name, result in s.record.results.items():
             together = isinstance(result, Curve) and result.ylabel
             key = (Curve, result.xlabel, result.ylabel, result.unit) if together and isinstance(result, Curve) else (type(result), name)

@@ -13,9 +13,17 @@ from ..results import WIDE, Surface
 from .figures import array
 from .theme import GRID, NEUTRAL, Drawing, Floats, Series, layout, named, plain, sentence
 
+OWN_SCALE = 10.0  # ranges that differ by more make one colour scale useless
 
 def draw_surfaces(series: Sequence[Series]) -> list[Drawing]:
-    """For each surface its contours and a 3-D view; all share one colour scale, logarithmic where the range is wide."""
+    """For each surface its contours and a 3-D view. All share one colour scale, logarithmic where the range is wide, unless one has a range of another order: then each has its own."""
+    ranges = [float(np.ptp(finite)) for s in series if (finite := array(s.result.z)[np.isfinite(array(s.result.z))]).size]
+    if len(series) > 1 and ranges and max(ranges) > OWN_SCALE * min(ranges):
+        return [drawing for s in series for drawing in _drawn([s], several=True)]
+    return _drawn(series, several=len(series) > 1)
+
+
+def _drawn(series: Sequence[Series], *, several: bool) -> list[Drawing]:
     values = np.concatenate([array(s.result.z).ravel() for s in series])
     finite = values[np.isfinite(values)]
     log = series[0].result.wide if len(series) == 1 else bool(finite.size and finite.min() > 0 and finite.max() > WIDE * finite.min())
@@ -24,7 +32,7 @@ def draw_surfaces(series: Sequence[Series]) -> list[Drawing]:
     limits = limits if limits[0] < limits[1] else (limits[0] - 0.5, limits[1] + 0.5)
     drawings = []
     for s in series:
-        name = f"{plain(s.name)}: " if len(series) > 1 else ""
+        name = f"{plain(s.name)}: " if several else ""
         drawings.append(_contours(s, limits, log, sentence(f"{name}contours")))
         if min(s.result.z.shape) >= 3:
             drawings.append(_relief(s, limits, log, sentence(f"{name}relief")))
@@ -64,15 +72,24 @@ def _contours(s: Series, limits: tuple[float, float], log: bool, title: str) -> 
     path = all("step" in row for row in points)
     if points:
         names = [plain(row.get("name", row.get("label", row.get("step", ""))), 24) for row in points]
+        shown = [name if not path or i in (0, len(names) - 1) else "" for i, name in enumerate(names)]  # of a way its ends
+        hover = [f"{name}: loss {row['loss']:.4g}" if isinstance(row.get("loss"), float) else name for name, row in zip(names, points, strict=True)]
         figure.add_scatter(
-            x=[row["s"] for row in points], y=[row["t"] for row in points], mode="lines+markers" if path else "markers+text", text=names,
-            textposition="top center", textfont={"color": "white", "size": 12}, showlegend=False, hovertext=names, hoverinfo="text",
+            x=[row["s"] for row in points], y=[row["t"] for row in points], mode="lines+markers+text" if path else "markers+text", text=shown,
+            textposition=[_side(row["s"], surface) for row in points], textfont={"color": "white", "size": 12, "shadow": "0 0 3px #222"}, showlegend=False, hovertext=hover, hoverinfo="text",
             marker={"size": 8, "color": "white", "line": {"width": 1.5, "color": "#c0267b"}}, line={"color": "#ff5fb0", "width": 2},
         )
     figure.update_xaxes(title_text=plain(surface.xlabel), showgrid=False, zeroline=False)
     figure.update_yaxes(title_text=plain(surface.ylabel), showgrid=False, zeroline=False)
     notes = [f"{surface.evaluations:,} evaluations of the loss." if surface.evaluations else "", "Logarithmic colours." if log else "", f"{sentence(surface.note)}." if surface.note else ""]
     return Drawing(figure, " ".join(filter(None, notes)), title=title, size=420)
+
+
+def _side(s: float, surface: Surface) -> str:
+    """Where a name goes, so that it stays in the figure."""
+    low, high = float(surface.x[0]), float(surface.x[-1])
+    share = (s - low) / (high - low) if high > low else 0.5
+    return "top left" if share > 0.8 else "top right" if share < 0.2 else "top center"
 
 
 def _relief(s: Series, limits: tuple[float, float], log: bool, title: str) -> Drawing:
