@@ -96,9 +96,18 @@ def surface(
     picture, chosen = pictures[0], planes[0]
     results: dict[str, Result] = {"surface": picture.surface, "first_axis": picture.slices[0], "second_axis": picture.slices[1]}
     results |= _models(subject, objective, planes, pictures, own=not points and plane is None and statistics == "frozen", seed=seed)
-    results["basins"] = Table(rows=basin_rows(picture), x="s", y="depth", label="minima in the plane")
     results["points"] = Table(rows=mark_rows(picture, objective, marks), x="s", y="t", label=f"networks in the plane{own_statistics(statistics)}")
-    seen = [loss for loss, _ in picture.samples.found.values() if math.isfinite(loss)]
+    basins = basin_rows(picture)
+    results["basins"] = Table(rows=basins, x="s", y="depth", label="minima in the plane")
+    model = results.pop("faithful", None)
+    rows = _facts(subject, picture, chosen, basins, "the origin" if plane is not None else marks[0].label)
+    results["faithful"] = Table(rows=rows + (model.rows if isinstance(model, Table) else []), x="quantity", y="value", label="before believing the picture")
+    return results
+
+
+def _facts(subject: Subject, picture: Picture, chosen: Plane, basins: Sequence[dict[str, Any]], reference: str) -> list[dict[str, Any]]:
+    """What to know before believing a picture."""
+    seen = [loss for loss in (*picture.sampled.seen.values(), *(row["loss"] for row in basins)) if math.isfinite(loss)]
     rows: list[dict[str, Any]] = [
         {"quantity": "error of the picture, share of its range", "value": picture.sampled.errors[0]},
         *([{"quantity": "error of its logarithms, share of their range", "value": picture.sampled.errors[1]}] if picture.sampled.scale().logarithmic is not None else []),
@@ -110,12 +119,10 @@ def surface(
     rows += [{"quantity": name, "value": length} for name, length in zip(("norm of the weights, |w|", "length of the first axis", "length of the second axis"), lengths, strict=True)]
     if picture.surface.error is not None:
         rows += [
-            {"quantity": f"largest standard error of the data, of differences to {marks[0].label if plane is None else 'the origin'}", "value": float(picture.surface.error.nan_to_num(nan=0.0, posinf=math.inf).max())},
-            {"quantity": f"standard error of the data, of the loss at {marks[0].label if plane is None else 'the origin'}", "value": picture.samples.level_error()},
+            {"quantity": f"largest standard error of the data, of differences to {reference}", "value": float(picture.surface.error.nan_to_num(nan=0.0, posinf=math.inf).max())},
+            {"quantity": f"standard error of the data, of the loss at {reference}", "value": picture.samples.level_error()},
         ]
-    model = results.pop("faithful", None)
-    results["faithful"] = Table(rows=rows + (model.rows if isinstance(model, Table) else []), x="quantity", y="value", label="before believing the picture")
-    return results
+    return rows
 
 
 def _tell(report: Report, before: int, to_come: int, done: int, expected: int) -> None:
