@@ -12,6 +12,9 @@ import torch
 
 from orograph import Estimate, Objective, OutOfBudget, eigenpairs, hessian, spectrum, trace
 from orograph.linalg.operator import LinearOperator
+from orograph.memory import Meter
+from orograph.studies.networks import mlp
+from orograph.studies.problems import digits
 
 from .networks import loss_cases
 from .oracles import planted, planted_spectra, relative
@@ -155,3 +158,17 @@ def test_a_share_has_an_interval_of_shares():
     assert wide.interval()[0] == 0.0 and wide.interval()[1] == pytest.approx(0.01 + 0.02 * 3.182446, rel=1e-5)
     both = Estimate(value=torch.tensor([0.01, 0.99]), sem=torch.tensor([0.02, 0.02]), least=0.0, most=1.0).interval()
     assert float(both[0][0]) == 0.0 and float(both[1][1]) == 1.0
+
+
+def test_no_share_of_memory_is_passed():
+    x, y = digits().train
+    objective = Objective(mlp(64, 64, 64, 10, seed=0), torch.nn.CrossEntropyLoss(), (x[:300], y[:300]), batch_size=110)
+
+    def peak(memory):
+        with Meter() as meter:
+            spectrum(hessian(objective, memory=memory), k=3, rel_error=0.2)
+        return meter.peak
+
+    free = peak(None)
+    for share in (0.5, 0.6, 0.75):
+        assert peak(int(share * free)) <= share * free

@@ -197,6 +197,6 @@ class LinearOperator:
 
 
 def _must_be_finite(product: Tensor, columns: Tensor | None) -> None:
-    if not bool(torch.isfinite(product).all()):
+    if product.numel() and not bool(torch.isfinite(torch.linalg.vector_norm(product, float("inf")))):  # the largest entry: isfinite(product) would copy them all
         where = "the vector holds inf or NaN" if columns is not None and not bool(torch.isfinite(columns).all()) else "the operator overflowed or is undefined at this point"
         raise OrographError(f"op @ V is not finite: {where}.")

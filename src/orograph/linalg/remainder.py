@@ -50,7 +50,7 @@ def more_forms(op: LinearOperator, out: Deflation, state: State, count: int, see
         indices = range(drawn + part * PART_STRIDE, drawn + part * PART_STRIDE + count)
         V = op.space.samples(seed, indices, "sphere")
         along = op.space.inner(rows.T, V).reshape(len(rows), count)
-        X = (V.T - along.T.to(op.dtype) @ rows).T if len(rows) else V  # each vector in one piece of memory
+        X = torch.addmm(V.T, along.T.to(op.dtype), rows, alpha=-1).T if len(rows) else V  # each vector in one piece of memory
         given[:] = [X, op.size - (along**2).sum(dim=0).cpu()]
         return X
 

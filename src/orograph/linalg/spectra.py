@@ -18,7 +18,7 @@ from .eigen import certified
 from .low_rank import LowRank, low_rank_of
 from .one_pass import STEPS, OnePass
 from .operator import LinearOperator, in_full_precision
-from .runs import Runs
+from .runs import PILOTS, Runs
 from .search import Goal
 
 
@@ -45,21 +45,21 @@ def spectrum(
     sign. `condition`, by definition: kappa of a singular or indefinite matrix is undefined, so each entry names what stands in for it.
     `checkpoint`: a file. Raises OutOfBudget where the basis for `k` pairs does not fit `op.memory`.
     """
-    return spectrum_and_low_rank(op, k=k, rel_error=rel_error, max_products=max_products, seed=seed, checkpoint=checkpoint, progress=progress)[0]
+    return _one_pass(op, k=k, rel_error=rel_error, max_products=max_products, seed=seed, checkpoint=checkpoint, progress=progress)[0]
 
 
 @in_full_precision
-def spectrum_and_low_rank(
-    op: LinearOperator,
-    *,
-    k: int,
-    rel_error: float,
-    max_products: int | None = None,
-    seed: int = 0,
-    checkpoint: str | Path | None = None,
-    progress: Progress = None,
-) -> tuple[Spectrum, LowRank]:
+def spectrum_and_low_rank(op: LinearOperator, *, k: int, rel_error: float, max_products: int | None = None, seed: int = 0, progress: Progress = None) -> tuple[Spectrum, LowRank]:
     """`spectrum`, and what its products have told of the operator's largest part, for whoever needs more of it."""
+    found, runs = _one_pass(op, k=k, rel_error=rel_error, max_products=max_products, seed=seed, checkpoint=None, progress=progress)
+    fits = op.memory // (op.size * torch.finfo(op.dtype).bits // 8)
+    held = len(runs.buffer) + 2 * PILOTS + len(runs.following) + 2 * (k + 1) + 2  # vectors that are there beside it
+    return found, low_rank_of(runs, max(min(fits // 4, fits - held), 0))
+
+
+def _one_pass(
+    op: LinearOperator, *, k: int, rel_error: float, max_products: int | None, seed: int, checkpoint: str | Path | None, progress: Progress
+) -> tuple[Spectrum, Runs]:
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise ValueError(f"spectrum(k={k!r}) needs a whole number of eigenpairs, 1 or more.")
     if not (isinstance(rel_error, int | float) and rel_error > 0):
@@ -87,7 +87,7 @@ def spectrum_and_low_rank(
         products=op.products - before,
         status=worst_status([top.status, bottom.status, total.status]),
     )
-    return found, low_rank_of(work.runs, op.memory // (4 * op.size * torch.finfo(op.dtype).bits // 8))
+    return found, work.runs
 
 
 def _pairs(op: LinearOperator, work: OnePass, goal: Goal, missed: float) -> Eigenpairs:
