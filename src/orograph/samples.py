@@ -136,7 +136,7 @@ class Samples:
         points = [self.objective.point(self.plane(s, t)) for s, t in group]
         if self.statistics == "reestimated":
             points = renormalised_all(self.objective, points)
-        again = [] if self.objective.terms().batches.ordered else [self._point(self.reference)]  # in one pass with the others: examples that come in another order make no pairs
+        again = [] if self.objective.terms().batches.repeats else [self._point(self.reference)]  # in one pass with the others: examples that come in another order make no pairs
         share = len(group) / (len(group) + len(again))
         found = losses_of(self.objective, [*points, *again], lambda done: self.report(before + int(done * share * len(group)), self._expected))
         there = found.pop()[1] if again else there
