@@ -56,6 +56,7 @@ def draw(samples: Samples, *, span: float, resolution: int, tol: float, most: in
         return [(span * s, span * t) for s, t in places]
 
     marked = [(s / span, t / span) for s, t, _ in map(samples.plane.coordinates, networks) if abs(s) <= span and abs(t) <= span]
+    most -= MOST + len(networks) - len(marked)  # for the minima, and for the shadows of networks outside the picture
     sampled = sample_square(lambda places: samples.losses(spanned(places)), resolution=resolution, tol=tol, most=most, seed=seed, also=marked)
     z = sampled.grid(lambda place: samples.at(spanned([place]))[0][0])
     variance = sampled.grid(lambda place: samples.at(spanned([place]))[0][1] ** 2, as_sampled=False)  # smooth at the origin, where the error itself has a cone's tip
