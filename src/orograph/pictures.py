@@ -13,12 +13,12 @@ from torch import Tensor
 
 from .chebyshev import nodes
 from .crowds import losses_of
-from .grids import FLAT, Sampled, sample_square
+from .grids import FLAT, Place, Sampled, sample_square
 from .linalg.operator import LinearOperator
 from .objective import Objective
 from .planes import Plane
 from .results import Curve, Point, Surface
-from .samples import Place, Samples, SurfaceStatistics
+from .samples import Samples, SurfaceStatistics
 from .topology import basins_of
 from .variants import joined
 

@@ -16,6 +16,7 @@ import torch
 
 from .crowds import losses_of
 from .evaluation import PerExample
+from .grids import Place
 from .memory import free_bytes
 from .objective import Objective
 from .planes import Plane
@@ -25,7 +26,6 @@ from .results import Point
 from .snapshots import fingerprint
 
 SurfaceStatistics = Literal["auto", "frozen", "reestimated"]
-Place = tuple[float, float]
 TOGETHER, GROUP_SECONDS = 25, 60.0  # places that go through the data at once
 WITNESSES, SAME = 3, 1e-4  # samples found that are evaluated again, and what another machine or number of threads explains
 
