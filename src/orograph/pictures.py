@@ -134,12 +134,13 @@ def _regrouped(objective: Objective, examples: int, seed: int) -> Objective:
 
 def quadratic_model(op: LinearOperator, objective: Objective, plane: Plane, picture: Surface) -> tuple[Surface, float, tuple[float, float]]:
     """The quadratic model on the same grid from two products; the radius (of s, t) at which it is off by a tenth of the range; d'Hd/d'd of both axes."""
-    g = objective.gradient().double()
+    value, slope = objective.value_and_gradient()
+    g = slope.double()
     directions = torch.stack([plane.u, plane.v], dim=1)
     image = (op @ directions.to(op.dtype)).double()
     slopes, bends = directions.double().T @ g, directions.double().T @ image
     s, t = picture.x[:, None], picture.y[None]
-    z = objective.value() + slopes[0] * s + slopes[1] * t + 0.5 * (bends[0, 0] * s**2 + 2 * bends[0, 1] * s * t + bends[1, 1] * t**2)
+    z = value + slopes[0] * s + slopes[1] * t + 0.5 * (bends[0, 0] * s**2 + 2 * bends[0, 1] * s * t + bends[1, 1] * t**2)
     finite = picture.z[torch.isfinite(picture.z)]
     spread = max(float(finite.max() - finite.min()), FLAT * float(finite.abs().max())) if len(finite) else 0.0
     off = ~((picture.z - z).abs() <= FAILS * spread)  # a loss that is not finite is off too
@@ -174,10 +175,10 @@ def mark_rows(picture: Picture, objective: Objective, networks: Sequence[Point])
     plane, z = picture.samples.plane, picture.surface.z[picture.surface.z.isfinite()]
     spread = float(z.max() - z.min()) if len(z) else 0.0
     size = float(picture.surface.x[-1]) * math.hypot(float(plane.u.double().norm()), float(plane.v.double().norm()))  # a middle of the picture is near nothing, and no reason for doubt
-    rows = []
-    for network in networks:
-        s, t, off = plane.coordinates(network)
-        loss, shadow = losses_of(objective, [network])[0][0], picture.samples.losses([(s, t)])[0]
+    rows, places = [], [plane.coordinates(network) for network in networks]
+    shadows = picture.samples.losses([(s, t) for s, t, _ in places])  # together: one reading of the data
+    for network, (s, t, off), shadow in zip(networks, places, shadows, strict=True):
+        loss = losses_of(objective, [network])[0][0]
         apart = abs(loss - shadow) / max(spread, 4 * FLAT * abs(loss), 1e-300)
         if picture.surface.wide:  # where a picture is read by its logarithms
             apart = max(apart, abs(math.log(loss / shadow)) / math.log(float(z.max() / z.min()))) if loss > 0 and shadow > 0 else math.inf
