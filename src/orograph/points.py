@@ -85,7 +85,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
             f"{path.name} holds more than tensors, and unpickling it could run any code. Where you trust it, convert it once: "
             "torch.save(model.state_dict(), 'weights.pt'), or safetensors.torch.save_file."
         ) from error
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # torch reads bytes as instructions: a file of something else raises anything
         raise ValueError(f"{path.name} is no weights file: {type(error).__name__} {str(error).splitlines()[0] if str(error) else ''}. Save one by torch.save(model.state_dict(), 'weights.pt').") from error
