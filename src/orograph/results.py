@@ -177,7 +177,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Surface:
-    """A quantity over a plane: `z[i, j]` at (x[i], y[j]); `error`: the standard error of each `z` against the one at the origin, or None; `evaluations` of the loss spent; `note`: what to know of the picture; `logarithmic`: its scale, None: where positive values span a factor of 30 · `status`: whether its own error is what was asked for."""
+    """A quantity over a plane: `z[i, j]` at (x[i], y[j]); `error`: the standard error of each `z`'s difference to the one at a place of reference (a probe says which), or None; `evaluations` of the loss spent; `note`: what to know of the picture; `logarithmic`: its scale, None: where positive values span a factor of 30 · `status`: whether its own error is what was asked for."""
 
     x: Tensor
     y: Tensor

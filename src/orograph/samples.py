@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -79,7 +80,8 @@ class Samples:
             rest += [criterion.name, criterion.reduction, *(f"{name}={fingerprint([x]) if isinstance(x, torch.Tensor) else x}" for name, x in sorted(criterion.settings.items()))]
         if objective.mode == "batch" or self.statistics == "reestimated":
             rest.append(objective.terms().batches.reading.sizes)  # whose statistics are used depends on the batches
-        return hashlib.sha256(json.dumps([fingerprint(tensors), rest]).encode()).hexdigest()[:16]
+        text = re.sub(r"0x[0-9a-f]+", "", json.dumps([fingerprint(tensors), rest]))  # addresses, which a module may print, are others in every process
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _bear_witness(self, stored: dict[Place, tuple[float, float]]) -> bool:
         """Whether samples found have the losses that they have now: no hash knows a user's own loss or the code of a model, and far from the origin both show."""
