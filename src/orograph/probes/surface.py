@@ -95,13 +95,13 @@ def surface(
             pictures.append(draw(samples, span=span, resolution=resolution, tol=tol, most=max_evaluations, seed=seed, networks=marks, whole=subject.objective, title=title))
     picture, chosen = pictures[0], planes[0]
     results: dict[str, Result] = {"surface": picture.surface, "first_axis": picture.slices[0], "second_axis": picture.slices[1]}
-    results |= _models(subject, objective, planes, pictures, own=not points and plane is None and statistics == "frozen", seed=seed)
+    models, curvature = _models(subject, objective, planes, pictures, own=not points and plane is None and statistics == "frozen", seed=seed)
+    results |= models
     results["points"] = Table(rows=mark_rows(picture, objective, marks), x="s", y="t", label=f"networks in the plane{own_statistics(statistics)}")
     basins = basin_rows(picture)
     results["basins"] = Table(rows=basins, x="s", y="depth", label="minima in the plane")
-    model = results.pop("faithful", None)
     rows = _facts(subject, picture, chosen, basins, "the origin" if plane is not None else marks[0].label)
-    results["faithful"] = Table(rows=rows + (model.rows if isinstance(model, Table) else []), x="quantity", y="value", label="before believing the picture")
+    results["faithful"] = Table(rows=rows + curvature, x="quantity", y="value", label="before believing the picture")
     return results
 
 
@@ -130,9 +130,10 @@ def _tell(report: Report, before: int, to_come: int, done: int, expected: int) -
     report(before + done, before + expected * (1 + to_come), "")
 
 
-def _models(subject: Subject, objective: Objective, planes: Sequence[Plane], pictures: Sequence[Picture], *, own: bool, seed: int) -> dict[str, Result]:
-    """What the Hessian says of planes around the own point, and what several seeds say together."""
+def _models(subject: Subject, objective: Objective, planes: Sequence[Plane], pictures: Sequence[Picture], *, own: bool, seed: int) -> tuple[dict[str, Result], list[dict[str, Any]]]:
+    """What the Hessian says of planes around the own point, and what several seeds say together; and of the first plane what to know."""
     results: dict[str, Result] = {}
+    facts: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     op = None
     if own:
@@ -151,11 +152,11 @@ def _models(subject: Subject, objective: Objective, planes: Sequence[Plane], pic
     if op is not None:
         subject.shared.elsewhere += op.products - before if objective is not subject.objective else 0
         names = {"radius": RADIUS, "first_curvature": "curvature along the first axis, per squared distance", "second_curvature": "curvature along the second axis, per squared distance"}
-        results["faithful"] = Table(rows=[{"quantity": name, "value": rows[0][key]} for key, name in names.items()])
+        facts = [{"quantity": name, "value": rows[0][key]} for key, name in names.items()]
     if len(planes) > 1:
         results["directions"], results["spread"] = over_directions(pictures)
         results["seeds"] = Table(rows=rows, x="seed", y="highest", label="planes of several seeds")
-    return results
+    return results, facts
 
 
 def _planes(subject: Subject, points: tuple[Point, ...], plane: Any, axes: Axes, normalisation: Normalisation, seeds: Sequence[int]) -> tuple[list[Plane], list[Point]]:
