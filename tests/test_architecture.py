@@ -86,5 +86,5 @@ def test_importing_is_light():
     import subprocess
     import sys
 
-    code = "import sys, orograph; print([m for m in ('plotly', 'sklearn', 'jinja2', 'typer', 'pandas', 'transformers') if m in sys.modules])"
+    code = "import sys, orograph; print([m for m in ('plotly', 'sklearn', 'jinja2', 'typer', 'pandas', 'transformers', 'matplotlib', 'h5py') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -355,7 +355,6 @@ def test_a_file_of_something_else_is_named(tmp_path):
             objective.point(tmp_path / "junk.pt")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_says_what_is_kept(tmp_path):
     task = tmp_path / "task.py"
     task.write_text(

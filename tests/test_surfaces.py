@@ -16,7 +16,7 @@ from torch import nn
 import orograph as og
 from orograph.chebyshev import Interpolant, interpolation_matrix, nodes
 from orograph.crowds import losses_of
-from orograph.grids import Scale, sample_square
+from orograph.grids import Scale, _estimate, sample_square, score
 from orograph.pictures import basin_rows, draw, quadratic_model, sampled_data
 from orograph.planes import plane_through, principal_plane, random_direction
 from orograph.renormalise import renormalised, renormalised_all
@@ -152,6 +152,16 @@ class TestGrids:
         f = lambda s, t: 1e-4 + s**2 * t**2 + 0.3 * max(0.0, s - 0.2) ** 2
         found = sample_square(lambda places: [f(*place) for place in places], resolution=41, tol=0.3, most=3500, seed=0)
         assert found.scale().logarithmic is not None and bool((found.grid(lambda place: f(*place)) > 0).all())
+
+    def test_an_estimate_knows_a_hole_in_a_logarithmic_picture(self):
+        x = nodes(4)
+        dipping = Interpolant(torch.tensor([0.01, 0.01, 10.0, 0.01, 0.01], **DOUBLE)[:, None].expand(5, 5), (0.0, 0.0), 1.0)  # its polynomial is below zero between the points
+        assert float(dipping(torch.linspace(-1, 1, 41, **DOUBLE), x).min()) < 0
+        wide, narrow = (_estimate(dipping, torch.zeros(2, **DOUBLE), Scale(1.0, logarithmic)) for logarithmic in (9.0, None))
+        assert wide[1] == math.inf and float(narrow.max()) < 1e-12
+
+    def test_logarithms_have_five_times_the_tolerance_and_no_more(self):
+        assert float(score(torch.tensor([0.01, 0.04]))) == pytest.approx(0.01) and float(score(torch.tensor([0.01, 0.06]))) == pytest.approx(0.012)
 
     def test_networks_to_be_marked_are_checks(self):
         well = lambda s, t: s**2 + t**2 - 3 * math.exp(-((s - 0.31) ** 2 + (t + 0.47) ** 2) / 0.005)
@@ -298,6 +308,10 @@ class TestSeedsAndSamples:
         assert 2 < float(some.error.max() / whole.error.max()) < 4 and float((((some.z - some.z[2, 2]) - (whole.z - whole.z[2, 2])) / some.error.clamp(min=1e-9)).abs().max()) < 4
         enough = og.measure(objective, "surface", resolution=5, examples="enough", tol=0.05)["surface"]
         assert "of 3,000 examples" in enough.note and float(enough.error.max()) <= 1.3 * 0.05 * float(enough.z.max() - enough.z.min())
+        finer = og.measure(objective, "surface", resolution=5, examples="enough", tol=0.02)["surface"]  # without the share of a finite set all 3,000 would be needed
+        chosen = int(finer.note.split(" of 3,000")[0].split(", ")[-1].replace(",", ""))
+        variance = float(finer.error.max()) ** 2 * (1 - chosen / 3000)  # what is not yet known of 3,000 examples
+        assert 800 < chosen < 1500 and variance == pytest.approx((0.02 * float(finer.z.max() - finer.z.min())) ** 2, rel=0.3)
         assert og.measure(objective, "surface", resolution=5, examples="enough", tol=1e-4)["surface"].note == whole.note  # that takes all of them
         path = [objective.theta + k * flat(k, objective.size).float() for k in range(3)]
         networks = [objective.at(theta).point(label=str(k)) for k, theta in enumerate(path)]
@@ -533,6 +547,12 @@ class TestWhatIsSaid:
 
 
 class TestTopology:
+    def test_a_plateau_is_one_basin(self):
+        z = torch.zeros(6, 5, **DOUBLE)
+        z[3] = 1.0
+        assert sorted(basin.persistence for basin in basins_of(z)) == [1.0, math.inf] and len(basins_of(torch.ones(4, 4, **DOUBLE))) == 1
+        assert len(basins_of(torch.tensor([[0.0, 9.0, 0.0], [0.0, 0.0, 0.0]], **DOUBLE))) == 1  # two ends of one plateau meet at its own height
+
     def test_two_valleys_meet_at_their_pass(self):
         x = torch.linspace(-2, 2, 81, **DOUBLE)
         z = (x[:, None] ** 2 - 1) ** 2 + 0.3 * x[:, None] + x[None] ** 2
