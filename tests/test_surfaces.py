@@ -16,9 +16,11 @@ from torch import nn
 import orograph as og
 from orograph.chebyshev import Interpolant, interpolation_matrix, nodes
 from orograph.crowds import losses_of
+from orograph.evaluation import PerExample
 from orograph.grids import Scale, _estimate, sample_square, score
 from orograph.pictures import basin_rows, draw, quadratic_model, sampled_data
 from orograph.planes import plane_through, principal_plane, random_direction
+from orograph.profiles import difference_sem
 from orograph.renormalise import renormalised, renormalised_all
 from orograph.samples import Samples
 from orograph.studies.networks import cnn, mlp
@@ -265,6 +267,15 @@ class TestManyPointsPerBatch:
         for point, found in zip(points, renormalised_all(objective, points), strict=True):
             alone = renormalised(objective, point)
             assert all(torch.equal(found.buffers[name], alone.buffers[name]) for name in found.buffers) and torch.equal(found.theta, point.theta)
+
+
+def test_a_loss_that_is_the_same_for_every_unit_has_no_error_however_many_units_an_example_has():
+    counts = torch.tensor([1.0, 5.0, 2.0, 9.0], **DOUBLE)
+    nothing = PerExample(torch.zeros(4, **DOUBLE), counts)
+    assert difference_sem(nothing, nothing, PerExample(2 * counts, counts), 0.5) < 1e-15
+    noisy = PerExample(2 * counts + torch.tensor([0.3, -0.3, 0.3, -0.3], **DOUBLE), counts)
+    rest = noisy.total - noisy.total.sum() / counts.sum() * counts
+    assert difference_sem(nothing, nothing, noisy, 0.5) == pytest.approx(float(rest.std()) * 2 / float(counts.sum()))
 
 
 class TestSeedsAndSamples:
