@@ -121,7 +121,7 @@ def block(op: LinearOperator, objective: Objective, names: str | Sequence[str]) 
 
 def _derived(op: LinearOperator, matmat: Callable[[Tensor], Tensor], space: Space, what: str) -> LinearOperator:
     about = op.about | {"curvature": f"{what} of {op.about.get('curvature', 'operator')}"}
-    return LinearOperator(matmat, space.size, op.dtype, op.device, space, memory=op.memory, noise=op.noise, about=about)
+    return LinearOperator(matmat, space.size, op.dtype, op.device, space, memory=op.memory, noise=op.noise, about=about, check=not op.is_proven)
 
 
 def _operator(objective: Objective, kind: Kind, curvature: OutputCurvature | None, engine: Engine, check: bool, memory: int | str | None, about: dict[str, Any]) -> LinearOperator:
@@ -147,7 +147,7 @@ def _operator(objective: Objective, kind: Kind, curvature: OutputCurvature | Non
     }  # fmt: skip
     noise = 10 * measured if measured > NOISE.get(space.dtype, 0.0) else 0.0  # one direction's gap; others may be worse
     apart = apart_of(plan, matmat, objective)
-    return LinearOperator(matmat, space.size, space.dtype, space.device, space, memory=max(budget - plan.bytes, 1), noise=noise, about=about, apart=apart)
+    return LinearOperator(matmat, space.size, space.dtype, space.device, space, memory=max(budget - plan.bytes, 1), noise=noise, about=about, apart=apart, check=False)
 
 
 def _check(objective: Objective, engine: str, engines: tuple[str, ...]) -> None:

@@ -101,7 +101,7 @@ def block_top(op: LinearOperator, known: LowRank, where: Tensor | None, *, unkno
         whole[where] = V
         return (op @ whole)[where]
 
-    inner = LinearOperator(matmat, size, op.dtype, op.device, Space((("", size),), op.dtype, op.device), memory=op.memory, noise=op.noise)
+    inner = LinearOperator(matmat, size, op.dtype, op.device, Space((("", size),), op.dtype, op.device), memory=op.memory, noise=op.noise, check=False)
     krylov = Krylov(inner, min(max_products, size), start.new_zeros(0, size))
     share = 1e-3 if clear else 1.0 if top > 0 else math.inf  # of a random vector, beside K's top
     noise = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(start) / math.sqrt(size)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
+from ..arguments import Count, File, Seed, Steps
 from ..errors import OutOfBudget
 from ..memory import size_text
 from ..progress import Progress, progress_bar
@@ -24,10 +23,10 @@ _MOMENT_STREAM = 1 << 20  # index of the first vector for the moments: apart fro
 def spectral_density(
     op: LinearOperator,
     *,
-    num_samples: int = 4,
-    steps: int = 60,
-    seed: int = 0,
-    checkpoint: str | Path | None = None,
+    num_samples: Count = 4,
+    steps: Steps = 60,
+    seed: Seed = 0,
+    checkpoint: File | None = None,
     progress: Progress = None,
 ) -> Density:
     r"""Distribution of the eigenvalues: $\phi(x) = \frac1n \sum_i \delta(x - \lambda_i)$.
@@ -44,8 +43,6 @@ def spectral_density(
     Ghorbani, Krishnan and Xiao 2019, arXiv:1901.10159. Raises ValueError for bad arguments, OutOfBudget if `steps` vectors do
     not fit `op.memory`.
     """
-    if not isinstance(num_samples, int) or num_samples < 1 or not isinstance(steps, int) or steps < 2:
-        raise ValueError(f"spectral_density(num_samples={num_samples!r}, steps={steps!r}) needs at least 1 sample and 2 steps.")
     steps = min(steps, op.size)
     need = (steps + 1 + MOST_ATOMS) * op.size * torch.finfo(op.dtype).bits // 8
     if need > op.memory:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..arguments import Count, File, Seed, Share
+from ..checks import refusal
 from ..errors import OutOfBudget
 from ..memory import size_text
 from ..progress import Progress, progress_bar
@@ -23,15 +24,15 @@ Method = Literal["lanczos", "power", "lobpcg"]
 @in_full_precision
 def eigenpairs(
     op: LinearOperator,
-    k: int = 1,
+    k: Count = 1,
     *,
     which: Which = "largest",
     method: Method = "lanczos",
-    tol: float = 1e-3,
-    max_products: int | None = None,
+    tol: Share = 1e-3,
+    max_products: Count | None = None,
     start: Tensor | None = None,
-    seed: int = 0,
-    checkpoint: str | Path | None = None,
+    seed: Seed = 0,
+    checkpoint: File | None = None,
     progress: Progress = None,
 ) -> Eigenpairs:
     r"""Eigenvalues at the ends of the spectrum, with what is needed to trust them.
@@ -50,7 +51,7 @@ def eigenpairs(
     For k > 1 a second random start in the complement of the pairs found looks for eigenvalues that a single
     start cannot see (exact multiplicities). Raises ValueError for bad arguments, OutOfBudget if the basis does not fit `op.memory`.
     """
-    goal = _checked(op, k, which, method, tol, max_products, start)
+    goal = _checked(op, Goal(k, which, float(tol), op.noise), max_products, start)
     before = op.products
     budget = max_products if max_products is not None else 1000 + 20 * goal.count
     with progress_bar(progress, f"{k} {which} eigenpair{'s' if goal.count > 1 else ''}") as report:
@@ -103,20 +104,12 @@ def _fits(op: LinearOperator, goal: Goal, vectors: int) -> None:
         raise OutOfBudget(f"eigenpairs(k={goal.k}) needs at least {size_text(need)} for its basis, the budget is {size_text(op.memory)}. Ask for fewer pairs or give the operator a larger memory=.")
 
 
-def _checked(op: LinearOperator, k: int, which: str, method: str, tol: float, max_products: int | None, start: Tensor | None) -> Goal:
-    if which not in ("largest", "smallest", "magnitude", "both"):
-        raise ValueError(f'eigenpairs(which={which!r}): choose "largest", "smallest", "magnitude" or "both".')
-    if method not in get_args(Method):
-        raise ValueError(f'eigenpairs(method={method!r}): choose "lanczos", "power" or "lobpcg".')
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise ValueError(f"eigenpairs(k={k!r}) needs a positive whole number of pairs.")
-    goal = Goal(k, which, float(tol), op.noise)  # type: ignore[arg-type]
+def _checked(op: LinearOperator, goal: Goal, max_products: int | None, start: Tensor | None) -> Goal:
+    """The goal, if the operator has so many pairs, the budget suffices for them, and the start is one."""
     if goal.count > op.size:
-        raise ValueError(f"eigenpairs(k={k}) needs {'2 k' if which == 'both' else 'k'} <= op.size = {op.size}. Ask for fewer pairs, or use op.dense() for all of them.")
-    if not 0 < tol < 1:
-        raise ValueError(f"eigenpairs(tol={tol}) needs a relative residual between 0 and 1, such as 1e-3.")
+        raise ValueError(f"eigenpairs(k={goal.k}) needs {'2 k' if goal.which == 'both' else 'k'} <= op.size = {op.size}. Ask for fewer pairs, or use op.dense() for all of them.")
     if max_products is not None and max_products < 2 * goal.count + 1:
         raise ValueError(f"eigenpairs(max_products={max_products}) cannot give {goal.count} pair(s): it takes at least {2 * goal.count + 1}.")
-    if start is not None and (not isinstance(start, Tensor) or start.shape[:1] != (op.size,) or start.ndim > 2 or not bool(torch.isfinite(start).all()) or not bool(start.any())):
-        raise ValueError(f"eigenpairs(start=...) needs a finite, non-zero tensor of shape ({op.size},) or ({op.size}, j).")
+    if start is not None and (start.shape[:1] != (op.size,) or start.ndim > 2 or not bool(torch.isfinite(start).all()) or not bool(start.any())):
+        raise refusal("eigenpairs", "start", start, f"a finite, non-zero tensor of shape ({op.size},) or ({op.size}, j).")
     return goal

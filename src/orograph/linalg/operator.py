@@ -16,8 +16,11 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
+from ..arguments import Count, NotNegative
+from ..checks import checked
 from ..errors import OrographError, OutOfBudget
 from ..memory import memory_budget, size_text
+from .symmetry import CHANGES, prove_symmetry, refuse_image
 
 SampleKind = Literal["normal", "rademacher", "sphere"]
 Matmat = Callable[[Tensor], Tensor]  # (n, k) -> (n, k)
@@ -31,16 +34,15 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def in_full_precision(function: Function) -> Function:
-    """Run linear algebra without autograd and outside the caller's autocast, which would round bases to half precision."""
+    """Check the arguments and the operator; then run without autograd and outside the caller's autocast, which would round bases to half precision."""
 
     @functools.wraps(function)
     def wrapped(op: LinearOperator, *args: Any, **settings: Any) -> Any:
-        if not isinstance(op, LinearOperator):
-            raise TypeError(f"{function.__name__} needs a LinearOperator, got {type(op).__name__}. Make one: hessian(objective), or LinearOperator.from_dense(A).")
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(op.device.type, enabled=False):
+            op.prove()
             return function(op, *args, **settings)
 
-    return cast(Function, wrapped)
+    return checked(cast(Function, wrapped))
 
 
 @dataclass(frozen=True)
@@ -99,24 +101,26 @@ class LinearOperator:
     `matmat`: (n, k) -> (n, k), must be linear and symmetric, and the same map at every call · `size`: n · `space`: where the
     vectors live (default: one block) · `memory`: bytes that a basis of vectors may take; default half of what is free.
     `apart`: for an operator that is a sum $A = \sum_b A_b$ over parts (micro-batches): see the method · `noise`: error of a product relative to the operator's norm, where it is more than the round-off of `dtype` (a half-precision
-    model behind single-precision vectors) · `products` counts operator-vector products spent so far; `about` says where the operator comes from.
+    model behind single-precision vectors) · `products` counts operator-vector products spent so far; `about` says where the operator comes from ·
+    `check`: before its first use in linear algebra, three products prove that `matmat` is symmetric, linear and repeatable; they are not counted
+    in `products`.
     """
 
+    @checked
     def __init__(
         self,
         matmat: Matmat,
-        size: int,
+        size: Count,
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
         space: Space | None = None,
         *,
         memory: int | str | None = None,
-        noise: float = 0.0,
+        noise: NotNegative = 0.0,
         about: dict[str, Any] | None = None,
         apart: Apart | None = None,
+        check: bool = True,
     ) -> None:
-        if size < 1:
-            raise ValueError(f"LinearOperator(size={size}) needs at least one entry.")
         if not dtype.is_floating_point:
             raise TypeError(f"LinearOperator(dtype={dtype}) needs a floating-point dtype, such as torch.float64.")
         self.matmat = matmat
@@ -129,10 +133,15 @@ class LinearOperator:
         self.about: dict[str, Any] = about or {}
         self.products = 0
         self._apart = apart
-        if self.space.size != size:
-            raise ValueError(f"LinearOperator(size={size}) does not fit its space, which has {self.space.size} entries.")
+        self.is_proven = not check
+        if self.space.size != size or self.space.dtype != dtype or self.space.device.type != self.device.type:
+            raise ValueError(
+                f"LinearOperator(size={size}, dtype={dtype}, device={self.device}) does not fit its space, which has {self.space.size} entries of "
+                f"{self.space.dtype} on {self.space.device}. Take all three from the space, or leave space out."
+            )
 
     @classmethod
+    @checked
     def from_dense(cls, A: Tensor) -> LinearOperator:
         """The operator of a dense symmetric matrix (n, n)."""
         if A.ndim != 2 or A.shape[0] != A.shape[1]:
@@ -140,7 +149,7 @@ class LinearOperator:
         gap = float((A - A.T).abs().max()) if A.numel() else 0.0
         if not gap <= 1e3 * torch.finfo(A.dtype).eps * float(A.abs().max()):
             raise ValueError(f"from_dense needs a symmetric, finite matrix: max |A - A'| is {gap:.3g}. Pass (A + A.T) / 2 if you mean its symmetric part.")
-        return cls(lambda V: A @ V, len(A), A.dtype, A.device, about={"curvature": "dense"})
+        return cls(lambda V: A @ V, len(A), A.dtype, A.device, about={"curvature": "dense"}, check=False)
 
     def __matmul__(self, V: Tensor) -> Tensor:
         if not isinstance(V, Tensor) or V.ndim not in (1, 2) or V.shape[0] != self.size:
@@ -149,12 +158,26 @@ class LinearOperator:
         if V.dtype != self.dtype or V.device.type != self.device.type:
             raise TypeError(f"op @ V needs {self.dtype} on {self.device}, got {V.dtype} on {V.device}. Use V.to(op.device, op.dtype).")
         columns = V.detach().reshape(self.size, -1)
-        product = self.matmat(columns).detach()
+        product = self._product(columns)
         self.products += columns.shape[1]
-        if product.shape != columns.shape:
-            raise ValueError(f"matmat must map ({self.size}, k) to ({self.size}, k), and gave {tuple(product.shape)} for k = {columns.shape[1]}.")
-        _must_be_finite(product, columns)
         return product.reshape(V.shape)
+
+    def _product(self, columns: Tensor) -> Tensor:
+        """What `matmat` makes of the columns, which it must not change."""
+        version = 0 if columns.is_inference() else columns._version
+        product = self.matmat(columns)
+        if (0 if columns.is_inference() else columns._version) != version:
+            raise ValueError(CHANGES)
+        refuse_image(product, columns)
+        product = product.detach()
+        _must_be_finite(product, columns)
+        return product.clone() if product.untyped_storage().data_ptr() == columns.untyped_storage().data_ptr() else product
+
+    def prove(self) -> None:
+        """Refuse a `matmat` that is not symmetric, linear and repeatable, once, by three products that are not counted."""
+        if not self.is_proven:
+            prove_symmetry(self._product, self.space, self.noise)
+            self.is_proven = True
 
     def apart(self, vectors: Callable[[int], Tensor], take: Callable[[Tensor], None]) -> None:
         r"""Call `take` with A_b V_b (n, k) for every part b of $A = \sum_b A_b$, each with columns V_b = `vectors(b)` of its own.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..arguments import Count, File, Positive, Seed
+from ..checks import refusal
 from ..progress import Progress, progress_bar
 from ..results import Density, Eigenpairs, Estimate, Spectrum, worst_status
 from .checkpoints import checkpointing, job_description
@@ -26,11 +27,11 @@ from .search import Goal
 def spectrum(
     op: LinearOperator,
     *,
-    k: int = 10,
-    rel_error: float = 0.01,
-    max_products: int | None = None,
-    seed: int = 0,
-    checkpoint: str | Path | None = None,
+    k: Count = 10,
+    rel_error: Positive = 0.01,
+    max_products: Count | None = None,
+    seed: Seed = 0,
+    checkpoint: File | None = None,
     progress: Progress = None,
 ) -> Spectrum:
     r"""The `k` largest eigenpairs (all, where the operator is smaller), the smallest, the trace to `rel_error`, the density, and what follows.
@@ -58,12 +59,11 @@ def spectrum_and_low_rank(op: LinearOperator, *, k: int, rel_error: float, max_p
 
 
 def _one_pass(
-    op: LinearOperator, *, k: int, rel_error: float, max_products: int | None, seed: int, checkpoint: str | Path | None, progress: Progress
+    op: LinearOperator, *, k: int, rel_error: float, max_products: int | None, seed: int, checkpoint: File | None, progress: Progress
 ) -> tuple[Spectrum, Runs]:
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise ValueError(f"spectrum(k={k!r}) needs a whole number of eigenpairs, 1 or more.")
-    if not (isinstance(rel_error, int | float) and rel_error > 0):
-        raise ValueError(f"spectrum(rel_error={rel_error!r}) needs a positive number such as 0.05.")
+    if max_products is not None and max_products < 2 * min(k, op.size) + 2:
+        least = 2 * min(k, op.size) + 2
+        raise refusal("spectrum", "max_products", max_products, f"at least {least} for {min(k, op.size)} pair(s) at the top and one at the bottom. Ask for fewer pairs, or allow more.")
     before = op.products
     job = job_description(op, checkpoint, what="spectrum", k=k, seed=seed)
     with progress_bar(progress, "spectrum") as report, checkpointing(checkpoint, job) as (earlier, keep):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import torch
 
+from ..arguments import File, Positive, Products, Seed, Steps
 from ..errors import OutOfBudget
 from ..memory import size_text
 from ..progress import Progress, progress_bar
@@ -29,10 +29,10 @@ def trace(
     op: LinearOperator,
     *,
     method: Method = "auto",
-    rel_error: float | None = 0.05,
-    max_products: int = 1000,
-    seed: int = 0,
-    checkpoint: str | Path | None = None,
+    rel_error: Positive | None = 0.05,
+    max_products: Products = 1000,
+    seed: Seed = 0,
+    checkpoint: File | None = None,
     progress: Progress = None,
 ) -> Estimate:
     r"""Trace of a symmetric operator, unbiased, with an interval that holds.
@@ -50,7 +50,6 @@ def trace(
     Where an estimator would take n products or more and `max_products` has room for n, the trace is computed exactly.
     `checkpoint`: a file; a killed job that is called again the same way gives the same bits. How the interval comes about: `intervals`.
     """
-    _check(op, method, rel_error, max_products, seed)
     kind = _choose(op, method, rel_error, max_products)
     job = job_description(op, checkpoint, task="trace", method=method, seed=seed)
     with progress_bar(progress, "trace") as report, checkpointing(checkpoint, job) as (found, keep):
@@ -82,16 +81,13 @@ def trace(
 
 
 @in_full_precision
-def diagonal(op: LinearOperator, *, num_samples: int = 100, seed: int = 0, progress: Progress = None) -> Estimate:
+def diagonal(op: LinearOperator, *, num_samples: Steps = 100, seed: Seed = 0, progress: Progress = None) -> Estimate:
     r"""Diagonal of an operator (n,), with the standard error of each entry (n,).
 
     Mean of $v \odot A v$ over random signs $v$: unbiased, variance $\sum_{j \ne i} A_{ij}^2$ per sample, so a diagonal operator is
     exact at once. Bekas, Kokiopoulou, Saad 2007, doi:10.1016/j.apnum.2007.01.003. One product per sample; from `num_samples` >= n
     on, n products for the exact diagonal. Keeps two vectors of float64.
     """
-    _check_operator("diagonal", op)
-    _check_count("diagonal", "num_samples", num_samples, 2)
-    _check_seed("diagonal", seed)
     with progress_bar(progress, "diagonal") as report:
         if num_samples >= op.size:
             return _exact_diagonal(op)
@@ -175,30 +171,3 @@ def judge(now: Moments, kind: str, rel_error: float | None, spent: int, forms: i
     if kind == "krylov":
         return "budget-limited", spent - forms + forms * (half / target) ** 2
     return "budget-limited", spent * (half / target) ** (2 if kind == "hutchinson" else 1)  # Hutch++ and XTrace need O(1 / error)
-
-
-def _check(op: LinearOperator, method: Any, rel_error: Any, max_products: Any, seed: Any) -> None:
-    _check_operator("trace", op)
-    if method not in get_args(Method):
-        raise ValueError(f"trace(method={method!r}) is unknown. Use one of {', '.join(map(repr, get_args(Method)))}.")
-    if rel_error is not None and not (isinstance(rel_error, int | float) and 0 < rel_error < math.inf):
-        raise ValueError(f"trace(rel_error={rel_error!r}) needs a positive number such as 0.05, or None to spend max_products.")
-    _check_count("trace", "max_products", max_products, 3)
-    _check_seed("trace", seed)
-
-
-def _check_operator(function: str, op: Any) -> None:
-    if not isinstance(op, LinearOperator):
-        raise TypeError(f"{function}(op) needs a LinearOperator, got {type(op).__name__}. LinearOperator.from_dense(A) makes one of a matrix.")
-
-
-def _check_count(function: str, name: str, count: Any, least: int) -> None:
-    if not isinstance(count, int) or isinstance(count, bool):
-        raise TypeError(f"{function}({name}={count!r}) needs an int, got {type(count).__name__}.")
-    if count < least:
-        raise ValueError(f"{function}({name}={count}) needs at least {least}: fewer leave the error unknown.")
-
-
-def _check_seed(function: str, seed: Any) -> None:
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"{function}(seed={seed!r}) needs an int: the samples are a function of it.")

@@ -1,0 +1,97 @@
+"""The kinds of arguments that annotations name, and how a message shows a value."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MOST_TEXT = 80  # characters of a value that a message shows
+
+
+@dataclass(frozen=True)
+class Range:
+    """Which numbers an annotation allows. NaN is never one; infinity only with `finite=False`."""
+
+    at_least: float = -math.inf
+    above: float = -math.inf
+    at_most: float = math.inf
+    below: float = math.inf
+    finite: bool = True
+
+    def __contains__(self, value: float) -> bool:
+        inside = (
+            self.at_least <= value <= self.at_most
+            and (value > self.above or self.above == -math.inf)
+            and (value < self.below or self.below == math.inf)
+        )
+        return inside and (abs(value) <= sys.float_info.max or not self.finite)
+
+    @property
+    def words(self) -> str:
+        """The limits that there are."""
+        if math.isfinite(self.at_least) and math.isfinite(self.at_most):
+            return f"from {number_text(self.at_least)} to {number_text(self.at_most)}"
+        if math.isfinite(self.above) and math.isfinite(self.below):
+            return f"between {number_text(self.above)} and {number_text(self.below)}"
+        limits = [
+            ("of at least", self.at_least),
+            ("above", self.above),
+            ("of at most", self.at_most),
+            ("below", self.below),
+        ]
+        return " and ".join(
+            f"{word} {number_text(limit)}" for word, limit in limits if math.isfinite(limit)
+        )
+
+
+class NotADirectory:
+    """In an annotation: a path to a file, which may not be there yet, in a folder that can be made."""
+
+
+MOST_SEED = 2**63 - 1  # what every random generator takes
+Count = Annotated[int, Range(at_least=1)]
+Steps = Annotated[int, Range(at_least=2)]
+Products = Annotated[int, Range(at_least=3)]
+Seed = Annotated[int, Range(at_least=0, at_most=MOST_SEED)]
+Positive = Annotated[float, Range(above=0)]
+NotNegative = Annotated[float, Range(at_least=0)]
+Share = Annotated[float, Range(above=0, below=1)]
+AnyNumber = Annotated[float, Range(finite=False)]
+File = Annotated[str | Path, NotADirectory]
+
+
+def number_text(number: float) -> str:
+    return "2**63 - 1" if number == MOST_SEED else f"{number:g}"
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: short, and a tensor by its shape."""
+    if isinstance(value, Tensor):
+        return f"<tensor of shape {tuple(value.shape)}, {value.dtype} on {value.device}>"
+    if isinstance(value, np.ndarray):
+        return f"<array of shape {value.shape}, {value.dtype}>"
+    if value is None or isinstance(
+        value,
+        bool | int | float | complex | str | bytes | Path | torch.dtype | torch.device | np.generic,
+    ):
+        text = repr(value.item() if isinstance(value, np.generic) else value)
+        return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}..."
+    if isinstance(value, list | tuple) and len(value) <= 4:
+        text = ", ".join(map(shown, value))
+        return (
+            f"[{text}]"
+            if isinstance(value, list)
+            else f"({text},)"
+            if len(value) == 1
+            else f"({text})"
+        )
+    if isinstance(value, type):
+        return f"<class {value.__name__}>"
+    return f"<{type(value).__name__}{f' of {len(value)}' if isinstance(value, list | tuple | dict | set) else ''}>"

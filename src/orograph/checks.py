@@ -1,0 +1,125 @@
+"""What a caller passes is checked once, where it enters the package; everything inside trusts it.
+
+`@checked` reads the annotations of a public function and refuses an argument that does not fit, in one sentence: what was passed, what is expected, what to do.
+A wrong type is a TypeError, a wrong value a ValueError. Ranges are part of the annotation (`Count`, `Seed`, `Positive`, ...). What follows from several
+arguments together (k <= op.size) is checked by the function itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+
+from .arguments import shown
+from .expected import Expected, expectation
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def checked(function: Function) -> Function:
+    """Check the arguments of every call against the annotations. Of a dataclass: those of its constructor, where a measured number may be NaN or infinite."""
+    if isinstance(function, type):
+        initialise = _wrapped(
+            vars(function)["__init__"],
+            function.__name__,
+            vars(sys.modules[function.__module__]),
+            measured=True,
+        )
+        setattr(function, "__init__", initialise)  # noqa: B010 (mypy refuses an assignment to a method)
+        return function
+    name = function.__qualname__.removesuffix(".__init__").removesuffix(".__call__")
+    return cast(
+        Function, _wrapped(function, name, inspect.unwrap(function).__globals__, measured=False)
+    )
+
+
+def check_settings(
+    function: Callable[..., Any], name: str, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The settings as `function` uses them, each read as its annotation says."""
+    signature = inspect.signature(function)
+    readers = _readers(signature, inspect.unwrap(function).__globals__, measured=False)
+    return {
+        key: _read(name, signature.parameters[key], readers[key], value)
+        if key in readers
+        else value
+        for key, value in settings.items()
+    }
+
+
+def refusal(
+    call: str, name: str, value: Any, expected: str, kind: type[Exception] = ValueError
+) -> Exception:
+    """The error for an argument that does not fit."""
+    return kind(f"{call}({name}={shown(value)}) needs {expected}")
+
+
+def _wrapped(
+    function: Callable[..., Any], name: str, scope: Mapping[str, Any], *, measured: bool
+) -> Callable[..., Any]:
+    signature = inspect.signature(function)
+    readers: dict[str, Expected] = {}
+
+    @functools.wraps(function)
+    def call(*args: Any, **settings: Any) -> Any:
+        if not readers:  # at the first call: every name that the annotations use is defined by then
+            readers.update(_readers(signature, scope, measured=measured))
+        try:
+            given = signature.bind(*args, **settings)
+        except TypeError as error:
+            names = [key for key in signature.parameters if key not in ("self", "cls")]
+            raise TypeError(
+                f"{name}(): {error}. It takes: {', '.join(names) or 'nothing'}."
+            ) from None
+        for key, value in given.arguments.items():
+            if key in readers:
+                given.arguments[key] = _read(name, signature.parameters[key], readers[key], value)
+        return function(*given.args, **given.kwargs)
+
+    return call
+
+
+def _read(name: str, parameter: inspect.Parameter, expected: Expected, value: Any) -> Any:
+    """One argument, or the error that says what is wrong with it."""
+    try:
+        return expected.read(value)
+    except (TypeError, ValueError) as error:
+        cure = (
+            f" Leave it out for the default, {parameter.default!r}."
+            if isinstance(parameter.default, bool | int | float | str) and parameter.default != ""
+            else ""
+        )
+        raise refusal(
+            name,
+            parameter.name,
+            value,
+            f"{expected.words}.{f' {error}' if str(error) else ''}{cure}",
+            type(error),
+        ) from None
+
+
+def _readers(
+    signature: inspect.Signature, scope: Mapping[str, Any], *, measured: bool
+) -> dict[str, Expected]:
+    """What every annotated parameter asks for; where an annotation cannot be resolved, or allows anything, nothing is asked."""
+    found = {}
+    for name, parameter in signature.parameters.items():
+        if parameter.annotation is not parameter.empty and parameter.kind not in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        ):
+            found[name] = expectation(_resolved(parameter.annotation, scope), measured)
+    return found
+
+
+def _resolved(annotation: Any, scope: Mapping[str, Any]) -> Any:
+    """The type that an annotation means; a name that only type checkers import means anything."""
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        return eval(annotation, dict(scope))
+    except NameError:
+        return Any

@@ -1,0 +1,280 @@
+"""What the annotation of a parameter asks for, in words and as a function that reads a value.
+
+NumPy's numbers count as Python's. Bools, texts and tensors are no numbers, and 2.0 is no whole one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import numbers
+import os
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .arguments import NotADirectory, Range, shown
+
+Read = Callable[[Any], Any]  # the value as it is used; raises TypeError or ValueError: what is wrong
+CURES = {  # what to do, by the class that is asked for
+    "LinearOperator": ", which hessian(objective) or LinearOperator.from_dense(A) makes",
+    "Objective": ", which Objective(model, criterion, data) makes",
+    "Optimizer": ", the torch optimiser that trains the model",
+    "Point": ", which objective.point(source) makes",
+    "Surface": ", such as record['surface']",
+    "Table": ", such as record['points']",
+}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an annotation asks for, in words, and how a value is read."""
+
+    words: str
+    read: Read
+
+
+def expectation(hint: Any, measured: bool) -> Expected:
+    """What a type asks for. `measured`: floats may be NaN or infinite, and sequences empty."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        limits = [note for note in arguments[1:] if isinstance(note, Range)]
+        if NotADirectory in arguments[1:]:
+            return Expected("a path of a file", _file)
+        return _numeric(arguments[0], limits[0]) if limits else expectation(arguments[0], measured)
+    if hint in (int, float):
+        return _numeric(hint, Range(finite=not measured), nan=measured)
+    if origin is Literal:
+        return Expected(
+            _joined(
+                [f'"{choice}"' if isinstance(choice, str) else repr(choice) for choice in arguments]
+            ),
+            functools.partial(_choice, arguments),
+        )
+    if origin in (Union, types.UnionType):
+        return _union(arguments, measured)
+    if origin is Callable or hint is Callable:
+        return Expected("a function", _callable)
+    if origin is not None and issubclass(origin, Mapping):
+        return _mapping(arguments, measured)
+    if origin is not None and issubclass(origin, tuple) and ... not in arguments:
+        return _fixed(arguments, measured)
+    if origin is not None and issubclass(origin, Iterable):
+        return _sequence(origin, arguments, measured)
+    return _instance(hint)
+
+
+def _numeric(kind: type, limits: Range, *, nan: bool = False) -> Expected:
+    """A whole or a real number within limits."""
+
+    def read(value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(
+            value, numbers.Integral if kind is int else numbers.Real
+        ):
+            raise TypeError
+        number: float = int(value) if isinstance(value, numbers.Integral) else float(value)
+        if number not in limits and not (nan and number != number):
+            raise ValueError
+        return number
+
+    word = (
+        "a whole number"
+        if kind is int
+        else "a number"
+        if nan or not limits.finite
+        else "a finite number"
+    )
+    return Expected(f"{word} {limits.words}".rstrip(), read)
+
+
+def _choice(choices: Sequence[Any], value: Any) -> Any:
+    if not isinstance(value, tuple({type(choice) for choice in choices})):
+        raise TypeError
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], 1)
+        raise ValueError(f"Did you mean {near[0]!r}?" if near else "")
+    return value
+
+
+def _union(hints: Sequence[Any], measured: bool) -> Expected:
+    """Any of several; the first that takes the value reads it."""
+    if any(hint in (Path, os.PathLike) or get_origin(hint) is os.PathLike for hint in hints):
+        paths = [
+            hint
+            for hint in hints
+            if hint is str or hint is Path or hint is os.PathLike or get_origin(hint) is os.PathLike
+        ]
+        options = [
+            Expected("a path", _path),
+            *(expectation(hint, measured) for hint in hints if hint not in paths),
+        ]
+    elif torch.device in hints:
+        options = [
+            Expected("a device that this machine has", _device),
+            *(expectation(hint, measured) for hint in hints if hint not in (torch.device, str)),
+        ]
+    else:
+        options = [expectation(hint, measured) for hint in hints]
+
+    def read(value: Any) -> Any:
+        wrong: list[ValueError] = []
+        for option in options:
+            try:
+                return option.read(value)
+            except ValueError as error:
+                wrong.append(error)
+            except TypeError:
+                continue
+        raise max(wrong, key=lambda error: len(str(error))) if wrong else TypeError
+
+    return Expected(_joined([option.words for option in options]), read)
+
+
+def _mapping(arguments: Sequence[Any], measured: bool) -> Expected:
+    keys, values = (expectation(hint, measured) for hint in arguments)
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise TypeError
+        read_items = {
+            _item(keys, key, "The name"): _item(values, item, f"The value of {shown(key)}")
+            for key, item in value.items()
+        }
+        return value if all(read_items[key] is value[key] for key in value) else read_items
+
+    return Expected(f"a mapping of {keys.words} to {values.words}", read)
+
+
+def _fixed(arguments: Sequence[Any], measured: bool) -> Expected:
+    """A tuple of a fixed length; a list of that length, as JSON has it, is one."""
+    options = [expectation(hint, measured) for hint in arguments]
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, tuple | list):
+            raise TypeError
+        if len(value) != len(options):
+            raise ValueError(f"It has {len(value)} entries.")
+        return tuple(
+            _item(option, item, f"Entry {index}")
+            for index, (option, item) in enumerate(zip(options, value, strict=True))
+        )
+
+    return Expected(f"({', '.join(option.words for option in options)})", read)
+
+
+def _sequence(origin: type, arguments: Sequence[Any], measured: bool) -> Expected:
+    """A list, a tuple, or whatever can be iterated; what can be read only once is not read here."""
+    one = expectation(arguments[0], measured)
+    wanted = Sequence if issubclass(origin, Sequence) else origin
+
+    def read(value: Any) -> Any:
+        if isinstance(value, str | bytes | Mapping) or not isinstance(value, wanted):
+            raise TypeError
+        if not isinstance(value, Sequence):
+            return value
+        if not value and not measured:
+            raise ValueError("It is empty.")
+        items = [_item(one, item, f"Entry {index}") for index, item in enumerate(value)]
+        return value if all(new is old for new, old in zip(items, value, strict=True)) else items
+
+    return Expected(
+        f"a sequence, each entry {one.words}" if arguments[0] is not Any else "a sequence", read
+    )
+
+
+def _item(expected: Expected, value: Any, where: str) -> Any:
+    """An entry of a container."""
+    try:
+        return expected.read(value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where} is {shown(value)}.") from None
+
+
+def _instance(hint: Any) -> Expected:
+    """An object of a class; None for `None`; anything for what is no class."""
+    if hint is None or hint is type(None):
+        return Expected("None", functools.partial(_of_class, type(None)))
+    if hint is Any or not isinstance(hint, type):
+        return Expected("anything", lambda value: value)
+    words = {
+        bool: "True or False",
+        str: "a text",
+        nn.Module: "an nn.Module",
+        Tensor: "a tensor with values on the CPU or a GPU",
+    }
+    read = {bool: _flag, Tensor: _tensor}.get(hint, functools.partial(_of_class, hint))
+    return Expected(
+        words.get(
+            hint,
+            f"{'an' if hint.__name__[0] in 'AEIO' else 'a'} {hint.__name__}{CURES.get(hint.__name__, '')}",
+        ),
+        read,
+    )
+
+
+def _of_class(kind: type, value: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError
+    return bool(value)
+
+
+def _callable(value: Any) -> Any:
+    if not callable(value):
+        raise TypeError
+    return value
+
+
+def _tensor(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        raise TypeError
+    if value.is_meta:
+        raise ValueError("It is on the meta device, where tensors have no values.")
+    return value
+
+
+def _device(value: Any) -> Any:
+    if not isinstance(value, torch.device | str):
+        raise TypeError
+    try:
+        place = torch.empty(0, device=value)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"{str(error).splitlines()[0].split('. ')[0]}.") from None
+    if place.is_meta:
+        raise ValueError("Tensors on the meta device have no values.")
+    return value
+
+
+def _path(value: Any) -> Any:
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError
+    text = os.fspath(value)
+    if not text or "\0" in str(text):
+        raise ValueError("It names no file.")
+    return value
+
+
+def _file(value: Any) -> Any:
+    path = Path(_path(value)).absolute()
+    if path.is_dir():
+        raise ValueError("It is a folder.")
+    if not (there := next(parent for parent in path.parents if parent.exists())).is_dir():
+        raise ValueError(f"{str(there)!r} is no folder.")
+    return value
+
+
+def _joined(words: Sequence[str]) -> str:
+    """a, b or c."""
+    words = list(dict.fromkeys(words))
+    return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
