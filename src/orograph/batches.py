@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from .errors import NotDeterministic
-from .nesting import Batch, count_examples, map_tensors, take_rows, tensors_in
+from .nesting import Batch, count_examples, count_numbers, map_tensors, take_rows, tensors_in
 from .state import rng_kept
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]  # one 64-bit number per example
@@ -129,8 +129,8 @@ def read_batches(data: Any, *, batch_size: int | None, prepare: Callable[[Tensor
             if not tensors_in(batch):
                 raise TypeError(f"a batch is a {type(batch).__name__} in which no tensor or array is found. Make it a dict, tuple, list or dataclass of tensors or arrays.")
             hashes.append(hash_examples(batch))
-            elements.append(sum(t.numel() for t in tensors_in(batch)))
-            used += 0 if still else sum(t.numel() * t.element_size() for t in tensors_in(batch))
+            elements.append(count_numbers(batch))
+            used += 0 if still else sum(count_numbers(t) * t.element_size() for t in tensors_in(batch))
             kept = kept if used <= CACHE_BYTES else None
             if kept is not None:
                 kept.append(map_tensors(prepare, batch))
@@ -152,7 +152,7 @@ def read_batches(data: Any, *, batch_size: int | None, prepare: Callable[[Tensor
 
 def one_batch(batch: Batch) -> Batches:
     """A prepared batch by itself."""
-    reading = Reading(hash_examples(batch), (count_examples(batch),), (sum(t.numel() for t in tensors_in(batch)),))
+    reading = Reading(hash_examples(batch), (count_examples(batch),), (count_numbers(batch),))
     return Batches([batch], lambda tensor: tensor, [batch], reading, ordered=True)
 
 
@@ -169,8 +169,10 @@ def adapt(data: Any, *, batch_size: int | None, whole: bool, opaque: bool) -> It
         raise TypeError("data is one tensor. Pass (inputs, targets), a Dataset, or an iterable of batches (with forward= if they are no pairs).")
     if is_pair(data) and not opaque:
         inputs, targets = data
+        if any(tensor.is_nested or tensor.layout is not torch.strided for tensor in data):
+            return [(inputs, targets)]  # torch cannot cut them
         if inputs.ndim == 0 or targets.ndim == 0 or len(inputs) != len(targets):
-            raise ValueError(f"data=(inputs, targets) needs as many targets as inputs, got shapes {tuple(inputs.shape)} and {tuple(targets.shape)}.")
+            raise ValueError(f"data=(inputs, targets) needs as many targets as inputs, got shapes {tuple(inputs.shape)} and {tuple(targets.shape)}. If they belong together as they are, pass them as one batch: data=[(inputs, targets)].")
         size = batch_size or (max(len(inputs), 1) if whole else DEFAULT_BATCH)
         return list(zip(inputs.split(size), targets.split(size), strict=True))
     if isinstance(data, Dataset) and not opaque:
@@ -194,12 +196,22 @@ def hash_examples(batch: Batch) -> Hashes:
     if not count:
         return total
     for salt, tensor in enumerate(tensors_in(batch), start=1):
-        raw = tensor.detach().to_dense().cpu().contiguous()
-        flat = raw.reshape(count if raw.ndim > 0 and len(raw) == count else 1, -1)  # one row per example, or one for all
-        octets = flat.view(torch.uint8).numpy() if flat.numel() else np.zeros((len(flat), 1), np.uint8)
+        octets = _octets(tensor.detach(), count)
         padded = np.pad(octets, ((0, 0), (0, -octets.shape[1] % 8))) if octets.shape[1] % 8 else octets
         total += _mix(_sum_mixed(np.ascontiguousarray(padded).view(np.uint64)) + np.uint64(salt))
     return _mix(total)
+
+
+def _octets(tensor: Tensor, count: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The bytes of every example, or in one row those of a tensor that does not count examples."""
+    if tensor.is_nested:
+        parts = [_octets(part, 1)[0] for part in tensor.unbind()]  # with their lengths, since padding looks like zeros
+        longest = max(map(len, parts), default=0)
+        rows = [np.concatenate([np.frombuffer(np.int64(len(part)).tobytes(), np.uint8), np.pad(part, (0, longest - len(part)))]) for part in parts]
+        return np.stack(rows) if len(rows) == count else np.concatenate(rows)[None]
+    raw = tensor.to_dense().cpu().contiguous()
+    flat = raw.reshape(count if raw.ndim > 0 and len(raw) == count else 1, -1)
+    return flat.view(torch.uint8).numpy() if flat.numel() else np.zeros((len(flat), 1), np.uint8)
 
 
 def _sum_mixed(words: Hashes) -> Hashes:

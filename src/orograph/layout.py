@@ -42,15 +42,20 @@ class Layout:
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """Views of a flat vector (n,), or of rows (k, n), one per parameter, in the parameters' shapes, behind k."""
-        return [part.view(*vector.shape[:-1], *shape) for part, shape in zip(vector.split(self.sizes, dim=-1), self.shapes, strict=True)]
+        return [part.view((*vector.shape[:-1], *shape)) for part, shape in zip(vector.split(self.sizes, dim=-1), self.shapes, strict=True)]
 
     def flatten(self, tensors: Sequence[Tensor | None], like: Tensor) -> Tensor:
         """One flat vector (n,) from a tensor per parameter; None is a block of zeros. dtype and device as `like`."""
         parts = [
-            like.new_zeros(size) if tensor is None else tensor.detach().reshape(-1).to(like.dtype)
+            like.new_zeros(size) if tensor is None else in_full(tensor.detach()).reshape(-1).to(like.dtype)
             for tensor, size in zip(tensors, self.sizes, strict=True)
         ]
         return torch.cat(parts)
+
+
+def in_full(tensor: Tensor) -> Tensor:
+    """A gradient as a dense tensor: that of an embedding may be sparse, and its own derivative passes through here."""
+    return tensor.to_dense() if tensor.is_sparse else tensor
 
 
 def select_layout(parameters: Mapping[str, Tensor], aliases: Mapping[str, str], params: str | Sequence[str] | None) -> Layout:

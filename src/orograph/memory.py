@@ -61,7 +61,8 @@ class Meter(TorchDispatchMode):
         if _makes_new(func):
             for tensor in result if isinstance(result, (tuple, list)) else (result,):
                 if isinstance(tensor, Tensor):
-                    self._note(tensor.untyped_storage())
+                    for part in _strided_parts(tensor):
+                        self._note(part.untyped_storage())
         return result
 
     def _note(self, storage: torch.UntypedStorage) -> None:
@@ -74,6 +75,15 @@ class Meter(TorchDispatchMode):
 
     def _gone(self, size: int) -> None:
         self.live -= size
+
+
+def _strided_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """What holds a tensor's numbers: itself, or the parts of a sparse one."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout is torch.sparse_csr:
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    return (tensor,) if tensor.layout is torch.strided else ()
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 Batch = Any
 
@@ -21,6 +22,10 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Batch) -> Batch:
         return function(batch)
     if isinstance(batch, np.ndarray) and batch.dtype.kind in "biufc":
         return function(torch.from_numpy(batch.copy())).cpu().numpy()
+    if isinstance(batch, PackedSequence):
+        sizes = function(batch.batch_sizes)  # torch wants them on the CPU
+        orders = [None if order is None else function(order) for order in (batch.sorted_indices, batch.unsorted_indices)]
+        return PackedSequence(function(batch.data), sizes.cpu() if isinstance(sizes, Tensor) else sizes, *orders)
     if isinstance(batch, Mapping):
         mapped = {key: map_tensors(function, value) for key, value in batch.items()}
         if type(batch) is dict:
@@ -54,7 +59,7 @@ def tensors_in(batch: Batch) -> list[Tensor]:
 
 def count_examples(batch: Batch) -> int:
     """The length that most tensors share; among equals one that is not 1, and then the last one's (the targets')."""
-    lengths = [len(tensor) for tensor in tensors_in(batch) if tensor.ndim > 0]
+    lengths = [tensor.size(0) for tensor in tensors_in(batch) if tensor.ndim > 0]  # nested tensors have no len()
     often = Counter(lengths)
     return max(reversed(lengths), key=lambda n: (often[n], n != 1), default=1)
 
@@ -62,4 +67,18 @@ def count_examples(batch: Batch) -> int:
 def take_rows(batch: Batch, rows: Tensor) -> Batch:
     """The examples `rows` of a batch; tensors that do not count examples stay whole."""
     count = count_examples(batch)
-    return map_tensors(lambda t: t.index_select(0, rows.to(t.device)) if t.ndim > 0 and len(t) == count else t, batch)
+    return map_tensors(lambda t: t.index_select(0, rows.to(t.device)) if t.ndim > 0 and t.size(0) == count else t, batch)
+
+
+def count_numbers(batch: Batch) -> int:
+    """Numbers in all tensors of a batch together."""
+    return sum(sum(part.numel() for part in t.unbind()) if t.is_nested else t.numel() for t in tensors_in(batch))
+
+
+def join_batches(first: Batch, second: Batch) -> Batch | None:
+    """Two batches in one, the examples of the second behind those of the first; None where their shapes do not fit."""
+    ours, theirs = tensors_in(first), tensors_in(second)
+    if len(ours) != len(theirs) or any(x.ndim == 0 or x.ndim != y.ndim or x.shape[1:] != y.shape[1:] for x, y in zip(ours, theirs, strict=True)):
+        return None
+    queue = [torch.cat([x, y]) for x, y in zip(ours, theirs, strict=True)]
+    return map_tensors(lambda _: queue.pop(0), first)

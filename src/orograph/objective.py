@@ -42,8 +42,8 @@ class Objective:
     Datasets · `device`, `dtype`: where and in which precision to evaluate (default: as the model is).
 
     Construction reads the data twice and evaluates one batch about six times, to prove that the loss stands still, that batches add
-    up, and that it uses no weights but these; a criterion that is not torch's own is proven on the output of every batch (one
-    forward pass more).
+    up and may be cut, and that it uses no weights but these; a criterion that is not torch's own is proven on the output of every
+    batch (one forward pass more). A batch that cannot be cut is measured whole; `indivisible` says why.
     Raises NotDeterministic, ValueError and TypeError, each saying what to do.
     """
 
@@ -156,8 +156,15 @@ class Objective:
 
     @property
     def divisible(self) -> bool:
-        """Batches may be cut: no statistics of a batch, and no loss that hides its examples, makes them part of the definition."""
-        return self.mode != "batch" and self.recipe.batch_loss is None
+        """Batches may be cut into micro-batches: proven at construction, by parts that go through the model on their own."""
+        return not self.indivisible
+
+    @property
+    def indivisible(self) -> str:
+        """Why batches must stay whole: their examples are coupled, or hang together in the data; "" where they may be cut."""
+        if self.mode == "batch":
+            return 'mode="batch" normalises by the statistics of each batch'
+        return "a batch_loss shows no single examples" if self.recipe.batch_loss is not None else self.recipe.indivisible
 
     @property
     def snapshot(self) -> Snapshot:
@@ -281,7 +288,7 @@ class Objective:
     def picked(self, rows: Tensor) -> Objective:
         """The same loss on the examples with these indices, in the batches that they came in."""
         if not self.divisible:
-            raise ValueError('choosing examples would cut batches that are part of the loss (mode="batch", from_batch_loss). Choose batches yourself: objective.on(batches).')
+            raise ValueError(f"choosing examples would cut batches that must stay whole: {self.indivisible}. Choose batches yourself: objective.on(batches).")
         if not self._terms.batches.ordered:
             raise NotDeterministic("choosing examples needs them in one fixed order. Use shuffle=False.")
         return self.on(self._terms.batches.picked(rows))

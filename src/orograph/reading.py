@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .batches import read_batches
+from .cutting import prove_weighting
 from .errors import NotDeterministic
-from .proof import prove_passes_agree, prove_still, prove_weighting
+from .proof import prove_passes_agree, prove_still
 from .snapshots import Snapshot
 from .terms import Recipe, Term, Terms, weigh, writes_inputs
 
@@ -35,11 +36,12 @@ def read_terms(snapshot: Snapshot, recipe: Recipe, data: Any, batch_size: int | 
     untouched = {name: tensor.clone() for name, tensor in buffers.items()}
     users = snapshot.slots.present()
     with snapshot.applied():
-        terms = weigh(replace(recipe, writes=recipe.writes or writes_inputs(recipe, batches)), batches)
+        recipe = replace(recipe, writes=recipe.writes or writes_inputs(recipe, batches), alone=len(batches.reading.sizes) == 1, indivisible="")
+        terms = weigh(recipe, batches)
         first = next(iter(terms))
         volatile = prove_still(first, buffers)
         _prove_own_weights(first, users, snapshot)
-        prove_weighting(terms, couples=whole)
+        terms = replace(terms, recipe=replace(recipe, indivisible=prove_weighting(snapshot, terms)))
         if not batches.exact:
             prove_passes_agree(terms)
     for name, tensor in untouched.items():

@@ -33,6 +33,8 @@ class Recipe:
     forward: Forward | None
     count: Count | None
     writes: bool = False  # the model or loss writes to what it is given, and gets copies
+    alone: bool = False  # the whole set is one batch, so that its units need not be known
+    indivisible: str = ""  # why a batch must not be cut, where it must not
 
     @property
     def weighs(self) -> bool:
@@ -119,7 +121,10 @@ class Term:
             with torch.no_grad():
                 self.output()
         assert recipe.criterion is not None
-        if not hasattr(self.target, "__len__") or (isinstance(self.target, Tensor) and self.target.ndim == 0):
+        single = isinstance(self.target, Tensor) and (recipe.criterion.known or self.target.ndim > 0)  # torch's losses count one number as one unit
+        if not single and not (hasattr(self.target, "__len__") and not isinstance(self.target, Tensor)):
+            if recipe.alone:
+                return 1.0
             raise TypeError(f"the targets are {type(self.target).__name__}, whose length is unknown. Pass count=lambda batch: ... with the batch's number of units.")
         return recipe.criterion.units(self.target)
 

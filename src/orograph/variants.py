@@ -39,9 +39,9 @@ def in_pieces(objective: Objective, examples: int) -> Objective:
 def joined(objective: Objective, examples: int) -> Objective:
     """Batches of tensor pairs put together to micro-batches of at most about `examples`; the objective itself where they are anything else."""
     batches = objective.terms().batches
-    pairs = batches.kept or []
+    pairs = (batches.kept or []) if objective.divisible else []
     alike = {(type(batch), *((t.shape[1:], t.dtype) for t in batch)) if is_pair(batch) else None for batch in pairs}
-    if len(alike) != 1 or None in alike or len(pairs) < 2 or not objective.divisible:
+    if len(alike) != 1 or None in alike or len(pairs) < 2:
         return objective
     groups: list[list[Batch]] = [[]]
     for batch in pairs:

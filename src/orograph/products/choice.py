@@ -89,9 +89,9 @@ def choose_plan(objective: Objective, kind: Kind, engine: Engine, budget: int) -
         return _difference(objective, kind, budget, f"by finite differences: {str(error).split(' Use engine=')[0]}")
     proof = cost.examples_within(budget // 3)
     if engine == "fresh":
-        return _must_fit(Plan("fresh", kind.build, bytes=int(cost.fresh), proof=proof), budget)
+        return _must_fit(objective, Plan("fresh", kind.build, bytes=int(cost.fresh), proof=proof), budget)
     if engine == "retained":
-        return _must_fit(Plan("retained", kind.build, ALL, bytes=int(cost.retained(ALL)), proof=proof), budget)
+        return _must_fit(objective, Plan("retained", kind.build, ALL, bytes=int(cost.retained(ALL)), proof=proof), budget)
     plan = _fastest(objective, kind, cost, budget)
     return replace(plan, proof=proof) if plan.engine in ("fresh", "retained") else plan
 
@@ -117,7 +117,7 @@ def _fastest(objective: Objective, kind: Kind, cost: _Cost, budget: int) -> Plan
     if kind.blocks and (chain := find_chain(objective)) is not None:
         build = blockwise_of(chain)
         return _fitting(objective, "blockwise", build, _cost(objective, build, budget), room)
-    return _difference(objective, kind, room, "by finite differences: one example's second-order graph does not fit the memory budget")
+    return _difference(objective, kind, room, f"by finite differences: {'one example' if objective.divisible else 'the whole batch'}'s second-order graph does not fit the memory budget")
 
 
 @dataclass(frozen=True)
@@ -196,15 +196,21 @@ def _fitting(objective: Objective, engine: str, build: Build, cost: _Cost, room:
         return Plan(engine, build, bytes=int(cost.fresh))
     examples = cost.examples_within(room) if objective.divisible else 0
     if examples < 1:
-        raise OutOfBudget(f"a product of one example takes about {size_text(cost.smallest())}, and {size_text(room)} are left for it. Give the operator a larger memory=, or choose fewer params=.")
+        what, size = ("one example", cost.smallest()) if objective.divisible else ("the whole batch", cost.fresh)
+        advice = f"Give the operator a larger memory=, or choose fewer params=.{_why_whole(objective)}"
+        raise OutOfBudget(f"a product of {what} takes about {size_text(size)}, and {size_text(room)} are left for it. {advice}")
     return Plan(engine, build, examples=examples, bytes=int(room))
 
 
-def _must_fit(plan: Plan, budget: int) -> Plan:
+def _why_whole(objective: Objective) -> str:
+    return "" if objective.divisible else f" The batch cannot be cut into micro-batches: {objective.indivisible}."
+
+
+def _must_fit(objective: Objective, plan: Plan, budget: int) -> Plan:
     if plan.bytes > budget:
         raise OutOfBudget(
             f'a product with engine="{plan.engine}" takes about {size_text(plan.bytes)}, and {size_text(budget)} are left for it. '
-            'Use engine="auto", which chooses what fits, or give the operator a larger memory=.'
+            f'Use engine="auto", which chooses what fits, or give the operator a larger memory=.{_why_whole(objective)}'
         )
     return plan
 
@@ -218,4 +224,13 @@ def _chained(objective: Objective) -> Build:
 
 def _difference(objective: Objective, kind: Kind, budget: int, note: str) -> Plan:
     """Finite differences: a gradient's memory in float64 and five copies of theta."""
-    return _must_fit(Plan("difference", None, bytes=10 * objective.size * objective.theta.element_size(), note=note), budget)
+    size = 10 * objective.size * objective.theta.element_size() + (0 if objective.divisible else _bytes_of_gradient(objective))
+    return _must_fit(objective, Plan("difference", None, bytes=size, note=note), budget)
+
+
+def _bytes_of_gradient(objective: Objective) -> int:
+    """What the gradient of the largest batch holds at its worst, in float64; measured on the first one, where batches must stay whole."""
+    small, elements = on_few(objective, 1, double=False), objective.terms().batches.reading.elements
+    with Meter() as meter:
+        small.gradient()
+    return int(meter.peak * max(elements) / elements[0] * (8 / objective.theta.element_size()))

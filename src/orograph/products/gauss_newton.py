@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NotDifferentiable
+from ..layout import in_full
 from ..objective import Objective
 from ..terms import Term
 from .sweeps import Build, Parts, TermMap, differentiable_twice
@@ -30,7 +31,7 @@ def sandwich_of(curvature: OutputCurvature) -> Build:
         bend = curvature(term, output.detach())
         cotangent = torch.zeros_like(output, requires_grad=True)
         with differentiable_twice():
-            pulled = torch.autograd.grad(output, leaves, cotangent, create_graph=True, allow_unused=True)
+            pulled = [part if part is None else in_full(part) for part in torch.autograd.grad(output, leaves, cotangent, create_graph=True, allow_unused=True)]
         curved = [index for index, part in enumerate(pulled) if part is not None and part.requires_grad]
         _must_be_linear(output, [leaf for leaf, part in zip(leaves, pulled, strict=True) if part is not None and not part.requires_grad])
         if not curved:
@@ -53,7 +54,7 @@ def _must_be_linear(output: Tensor, leaves: list[Tensor]) -> None:
     """A backward that autograd cannot follow gives numbers without a graph; zeros are none of these."""
     if leaves:
         parts = torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=True, allow_unused=True)
-        if any(part is not None and bool(part.any()) for part in parts):
+        if any(part is not None and bool(in_full(part).any()) for part in parts):
             raise NotDifferentiable("autograd cannot follow the backward of this model: a custom autograd.Function computes it outside torch.")
 
 

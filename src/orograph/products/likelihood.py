@@ -34,8 +34,9 @@ def empirical_fisher(term: Term, output: Tensor) -> Callable[[Tensor], Tensor]:
     each = criterion.each(variable, target)
     (scores,) = torch.autograd.grad(each.sum(), variable)
     if criterion.family == "elementwise":
-        rows = output.numel() / len(output) if criterion.reduction == "mean" else 1.0  # else an example's loss is the sum over its row
-        weights = torch.full([len(output)] + [1] * (output.ndim - 1), rows, dtype=output.dtype, device=output.device)
+        count = len(output) if output.ndim else 1
+        rows = output.numel() / count if criterion.reduction == "mean" else 1.0  # else an example's loss is the sum over its row
+        weights = torch.full(([count] + [1] * output.ndim)[: output.ndim], rows, dtype=output.dtype, device=output.device)
         return outer_products(term, scores / rows, weights, axes=tuple(range(1, output.ndim)))
     axis = 1 if output.ndim > 1 else 0
     if not criterion.weighs_positions(target):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..layout import in_full
 from ..objective import Objective
 from ..terms import Term
 from .sweeps import Parts, TermMap, differentiable_twice
@@ -21,7 +22,7 @@ def hessian_of(objective: Objective, term: Term) -> TermMap | None:
     if not loss.requires_grad:
         return None
     with differentiable_twice():
-        gradient = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        gradient = [part if part is None else in_full(part) for part in torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)]
     if all(part is None for part in gradient):
         return None
     curved = [index for index, part in enumerate(gradient) if part is not None and part.requires_grad]

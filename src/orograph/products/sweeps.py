@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import NotDifferentiable
 from ..evaluation import no_dependence
+from ..layout import in_full
 from ..objective import Objective
 from ..terms import Term
 
@@ -111,7 +112,7 @@ def add_parts(objective: Objective, total: Tensor, parts: Parts, weight: float) 
     start = 0
     for (_, entries), part in zip(objective.layout.blocks, parts, strict=True):
         if part is not None:
-            total[start : start + entries].add_(part.detach().reshape(-1), alpha=weight)
+            total[start : start + entries].add_(in_full(part.detach()).reshape(-1), alpha=weight)
         start += entries
 
 
