@@ -24,7 +24,7 @@ def test_on_a_quadratic_the_forward_rate_is_two_over_the_curvature_along_the_gra
     assert record["critical_rate"].value == pytest.approx(2 / bent, abs=4 * record["critical_rate"].sem) and record["critical_rate"].sem < 0.01 * 2 / bent
     assert record["edge_ratio"].value == pytest.approx(0.3 * top / 2, rel=1e-6)
     rows = {row["measure"]: row for row in record["rates"].rows}
-    assert rows["2 / lambda_max"]["value"] == pytest.approx(2 / top, rel=1e-6) and rows["2 / curvature along the update"]["agrees"]
+    assert rows["largest stable learning rate"]["value"] == pytest.approx(2 / top, rel=1e-6) and rows["2 / curvature along the update"]["agrees"]
 
 
 @pytest.mark.parametrize("times", [0.97, 1.03])

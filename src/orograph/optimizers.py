@@ -58,6 +58,21 @@ class Motion:
 
 
 @dataclass(frozen=True)
+class Limits:
+    r"""What every coordinate (n,) bears, in the order of theta.
+
+    The optimiser is stable iff $H + \mathrm{diag}(decay) < \mathrm{diag}(curvature)$. All of `curvature` is proportional to one over
+    the learning rate and nothing else is, so $\lambda_{max}$ of $B^{-1/2} (H + D) B^{-1/2}$ is the learning rate over the largest stable one.
+    """
+
+    curvature: Tensor  # B = p c / lr
+    decay: Tensor  # D: coupled decay, and p c / 2 times decoupled decay
+    divisor: Tensor  # p
+    least: Tensor  # eps, by which it divides where there never was a gradient; 0 for SGD
+    steps: float  # of the parameter with the fewest; inf for optimisers that remember nothing
+
+
+@dataclass(frozen=True)
 class Rule:
     """One kind of optimiser: its motion, and p, by which it divides the gradient; None: p = 1."""
 
@@ -89,24 +104,38 @@ def preconditioner(optimizer: Optimizer, objective: Objective) -> Tensor:
     """
     rule = _rule(optimizer)
     threshold = _threshold(_base(optimizer, rule), rule)
+    bears = limits(optimizer, objective)
+    scale = (bears.curvature - bears.decay) / threshold
+    for name in objective.names:
+        if not bool((scale[objective.layout[name]] > 0).all()):
+            raise ValueError(f"P has entries <= 0 in {name}: its weight decay alone, or eps=0 with a zero gradient, puts it beyond the edge. Lower weight_decay or raise eps.")
+    return scale
+
+
+def limits(optimizer: Optimizer, objective: Objective) -> Limits:
+    """What every coordinate bears, read from the live settings and state of `optimizer`; raises as `preconditioner` does."""
+    rule = _rule(optimizer)
+    _base(optimizer, rule)
     held = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     chosen = _chosen(objective, held)
     like = torch.empty(0, dtype=objective.dtype, device=objective.device)
     if isinstance(optimizer, NAdam):
         _check_nadam_steps(optimizer, chosen, held)
-    parts = []
+    curvatures, decays, divisors, least, steps = [], [], [], [], math.inf
     for name, parameter in chosen.items():
         motion = rule.motion(held[id(parameter)])
         if motion.rate == 0:
             raise ValueError(f"{name} has learning rate 0, so it does not move. Leave it out: Objective(..., params=...).")
         divisor = like.new_ones(parameter.shape)
         if rule.divisor is not None:
-            divisor = rule.divisor(_state(optimizer, name, parameter, like), held[id(parameter)])
-        scale = (divisor * motion.edge - motion.coupled) / threshold
-        if not bool((scale > 0).all()):
-            raise ValueError(f"P has entries <= 0 in {name}: its weight decay alone, or eps=0 with a zero gradient, puts it beyond the edge. Lower weight_decay or raise eps.")
-        parts.append(scale)
-    return objective.layout.flatten(parts, like)
+            state = _state(optimizer, name, parameter, like)
+            divisor, steps = rule.divisor(state, held[id(parameter)]), min(steps, float(state["step"]))
+        curvatures.append(divisor * motion.factor / motion.rate)
+        decays.append(divisor * motion.factor * motion.decoupled / 2 + motion.coupled)
+        divisors.append(divisor)
+        least.append(torch.full_like(divisor, float(held[id(parameter)].get("eps", 0.0))))
+    B, D, p, eps = (objective.layout.flatten(parts, like) for parts in (curvatures, decays, divisors, least))
+    return Limits(B, D, p, eps, steps)
 
 
 def _rule(optimizer: Optimizer) -> Rule:

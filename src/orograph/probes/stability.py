@@ -3,93 +3,158 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..curvature import preconditioned
-from ..errors import OrographWarning
-from ..linalg.eigen import eigenpairs
-from ..linalg.search import CONFIDENT
+from ..edge_verdicts import WITHHELD, Ratio, optimizer_ratios, other_loss
 from ..optimizers import edge, preconditioner
 from ..progress import progress_bar
 from ..registry import Results, probe
-from ..renormalise import running_norms
 from ..results import Estimate, Result, Table
 from ..subject import Subject
 from ..variants import in_double
 
 MOST_DOUBLINGS = 40
 HALVINGS = 7  # of the bracket, which then is under 1 % wide
-EDGE, EDGE_PRECONDITIONED = "2 / lambda_max", "2 / lambda_max(P^-1 H)"
 AGREE = 0.1  # relative difference below which two critical rates are said to agree
+LARGEST_STABLE = "largest stable learning rate"
+ALONG, FORWARD = "2 / curvature along the update", "critical rate, forwards only"
 
 
 def _says(results: Results) -> str:
-    table = results["rates"]
-    assert isinstance(table, Table)
-    rates = {row["measure"]: float(row["value"]) for row in table.rows}
-    by_forward = rates.get("critical rate, forwards only", math.nan)
-    first = f"Along the update the loss rises from a learning rate of {by_forward:.3g} on" if math.isfinite(by_forward) else "No learning rate tried along the update raised the loss"
-    ratio = results.get("edge_ratio")
-    where = ""
-    if isinstance(ratio, Estimate):
-        where = f" The learning rate given is {float(ratio.value):.2g} times the largest stable one: {'beyond' if float(ratio.value) > 1 else 'below'} the edge."
-    return f"{first}, and plain stability along the sharpest direction ends at {rates.get(EDGE, rates.get(EDGE_PRECONDITIONED, math.nan)):.3g}.{where}"
+    rates, edges = results["rates"], results.get("edge")
+    assert isinstance(rates, Table)
+    values = {row["measure"]: float(row["value"]) for row in rates.rows}
+    by_forward, largest = values.get(FORWARD, math.nan), values[LARGEST_STABLE]
+    first = (
+        f"One step along the update raises the loss from a learning rate of {by_forward:.3g} on"
+        if math.isfinite(by_forward)
+        else "No learning rate tried along the update raised the loss"
+    )
+    bound = (
+        f"is stable up to a learning rate of {largest:.3g}"
+        if math.isfinite(largest)
+        else "has no positive curvature, so no learning rate is too large there"
+    )
+    return f"{first}; {rates.rows[0]['method']} along the sharpest direction {bound}.{_verdict_sentence(edges) if isinstance(edges, Table) else ''}"
+
+
+def _verdict_sentence(edges: Table) -> str:
+    """What the rows of `edge` say of the learning rate given."""
+    whole, rest = edges.rows[0], edges.rows[-1]
+    ratio = f"{float(rest['ratio']):.2g} times the largest stable one"
+    if rest["verdict"] == WITHHELD:
+        without = "" if rest is whole else f" {rest['parameters']}"
+        return (
+            f" No verdict on the learning rate given, which is {ratio}{without}: {rest['reason']}."
+        )
+    if rest is whole:
+        return f" The learning rate given is {ratio}: {rest['verdict']}."
+    return f" No verdict on all parameters together: {whole['reason']}. {str(rest['parameters']).capitalize()} the learning rate given is {ratio}: {rest['verdict']}."
 
 
 @probe(says=_says)
-def stability(subject: Subject, *, learning_rate: float | None = None, optimizer: Any = None, seed: int = 0) -> dict[str, Result]:
+def stability(
+    subject: Subject, *, learning_rate: float | None = None, optimizer: Any = None, seed: int = 0
+) -> dict[str, Result]:
     r"""Critical learning rates at a point, by three measures, and how near a given one is to the edge.
 
-    `edge_ratio`: $\eta \lambda_{max} / 2$ for a `learning_rate` of plain gradient descent, or $\lambda_{max}(P^{-1} H)$ over the edge of an `optimizer`
-    (see `edge`): above 1, full-batch training is locally unstable · `directional`: curvature along the update, $D^\top H D / D^\top P D$ with
-    $D = P^{-1} g$ (P = I without an optimizer) · `critical_rate`: the smallest learning rate along D that raises the loss, by doubling and bisection
-    with forward passes alone (Kalra et al. 2026, arXiv:2601.16979), in float64 where rounding of the loss would decide · `rates`: 2 over each curvature beside it; on a quadratic loss the last two agree.
-    Costs about 15 forward passes, and no product beside the shared ones (with an optimizer about 25 for $P^{-1/2} H P^{-1/2}$ and one along D).
+    `edge`, `edge_ratio`: the learning rate over the largest stable one, $\eta \lambda_{max} / 2$ for a `learning_rate` of plain gradient descent; for an
+    `optimizer` with its momentum, decay and preconditioner P, all of its learning rates raised together (see `edge` of the package). Above 1, full-batch
+    training is locally unstable. The verdict is withheld where P says nothing: within its first ten steps, and for parameters whose second moment is
+    round-off although the loss is curved along them (`edge` then names them, and `edge_ratio` leaves them out); and for BatchNorm with running statistics,
+    which is another loss than that of training. `directional`: curvature along the update, $D^\top H D / D^\top P D$ with
+    $D = P^{-1} g$ (P = I without an optimizer) · `critical_rate`: the smallest learning rate of one step along D, without momentum, that raises the loss, by doubling and bisection
+    with forward passes alone (Kalra et al. 2026, arXiv:2601.16979), in float64 where rounding of the loss would decide · `rates`: all of them; on a quadratic loss the last two agree.
+    Costs about 15 forward passes, and no product beside the shared ones (with an optimizer about 25 for the preconditioned Hessian and one along D, twice where a verdict is withheld).
     Full batch: mini-batch noise makes training unstable below the edge.
     """
     if learning_rate is not None and optimizer is not None:
-        raise ValueError("stability(learning_rate=, optimizer=): give one of them; an optimizer brings its own learning rate.")
+        raise ValueError(
+            "stability(learning_rate=, optimizer=): give one of them; an optimizer brings its own learning rate."
+        )
     if learning_rate is not None and not learning_rate > 0:
         raise ValueError(f"stability(learning_rate={learning_rate!r}) needs a positive number.")
-    objective, op, g = subject.objective, subject.hessian(), subject.gradient()
-    if optimizer is not None and objective.mode == "eval" and running_norms(objective.snapshot.model):
-        advice = 'training normalises with each batch, this objective with running statistics: another loss. Use Objective(..., mode="batch") for the stability of training'
-        subject.missing["BatchNorm as in training"] = advice
-        warnings.warn(f"stability of a network with BatchNorm: {advice}.", OrographWarning, stacklevel=2)
-    P = None if optimizer is None else preconditioner(optimizer, objective)
-    top = subject.spectrum().top
-    sharpest, sharpest_error = float(top.values[0]), float(top.intervals[0, 1] - top.values[0])
+    P = None if optimizer is None else preconditioner(optimizer, subject.objective)
     results: dict[str, Result] = {}
-    if P is not None and bool((P[0] != P).any()):
-        pairs = eigenpairs(preconditioned(op, P), 1, seed=seed, progress=subject.progress)
-        sharpest, sharpest_error = float(pairs.values[0]), float(pairs.intervals[0, 1] - pairs.values[0])
-        if pairs.missed > CONFIDENT:
-            subject.missing["certainty of edge_ratio"] = f"a larger eigenvalue was missed with a chance of at most {pairs.missed:.2g}"
-    elif P is not None:
-        sharpest, sharpest_error = sharpest / float(P[0]), sharpest_error / float(P[0])
-    limit = edge(optimizer).threshold if optimizer is not None else 2 / learning_rate if learning_rate is not None else None
-    if limit is not None:
-        results["edge_ratio"] = Estimate(value=sharpest / limit, sem=sharpest_error / limit, label="learning rate over the largest stable one")
+    if optimizer is None:
+        top = subject.spectrum().top
+        rate, method = learning_rate or 1.0, "gradient descent"
+        sharpest, above = rate * float(top.values[0]) / 2, rate * float(top.intervals[0, 1]) / 2
+        ratios = [
+            Ratio(sharpest, above - sharpest, doubt=other_loss(subject) if learning_rate else "")
+        ]
     else:
+        rate, method = edge(optimizer).rate, type(optimizer).__name__
+        ratios = optimizer_ratios(subject, optimizer, seed)
+    if learning_rate is None and optimizer is None:
         subject.missing["edge_ratio"] = "neither learning_rate= nor optimizer= was given"
-    name = EDGE if P is None else EDGE_PRECONDITIONED
-    rows: list[dict[str, Any]] = [{"measure": name, "value": 2 / sharpest if sharpest > 0 else math.inf, "error": 2 * sharpest_error / sharpest**2 if sharpest else math.nan}]
+    else:
+        rows = [one.row(rate) for one in ratios]
+        subject.missing |= {
+            f"verdict on {row['parameters']}": row["reason"]
+            for row in rows
+            if row["verdict"] == WITHHELD
+        }
+        label = f"learning rate / {LARGEST_STABLE}"
+        results["edge"] = Table(rows=rows, x="parameters", y="ratio", label=label)
+        results["edge_ratio"] = Estimate(
+            value=rows[-1]["ratio"],
+            sem=ratios[-1].error,
+            least=0.0,
+            label=f"{label}, {ratios[-1].parameters}",
+        )
+    return results | _rates(subject, P, ratios[-1], rate, method)
+
+
+def _rates(
+    subject: Subject, P: Tensor | None, ratio: Ratio, rate: float, method: str
+) -> dict[str, Result]:
+    """Curvature along the update, the critical rate along it, and the table of all rates."""
+    value, error = (
+        (rate / ratio.value, rate * ratio.error / ratio.value**2)
+        if ratio.value > 0
+        else (math.inf, math.nan)
+    )
+    rows: list[dict[str, Any]] = [
+        {
+            "measure": LARGEST_STABLE,
+            "method": method,
+            "value": value,
+            "error": error,
+            "agrees": None,
+        }
+    ]
+    results: dict[str, Result] = {}
+    g = subject.gradient()
     if not bool(g.any()):
-        subject.missing |= dict.fromkeys(("critical_rate", "directional"), "the gradient is exactly zero, so there is no update")
+        subject.missing |= dict.fromkeys(
+            ("critical_rate", "directional"), "the gradient is exactly zero, so there is no update"
+        )
     else:
         step = g if P is None else g / P.to(g)
         results["directional"] = along = _directional(subject, step, P)
         results["critical_rate"] = critical = _critical_rate(subject, step, float(along.value))
-        bent = float(along.value)
-        rows.append({"measure": "2 / curvature along the update", "value": 2 / bent if bent > 0 else math.inf, "error": 2 * float(along.sem) / bent**2 if bent else math.nan})
-        rows.append({"measure": "critical rate, forwards only", "value": float(critical.value), "error": float(critical.sem)})
-        for row in rows:
-            both = math.isfinite(row["value"]) and math.isfinite(float(critical.value))
-            row["agrees"] = None if row is rows[-1] else both and abs(row["value"] - float(critical.value)) <= AGREE * abs(float(critical.value))
+        bent, found = float(along.value), float(critical.value)
+        rows.append(
+            {
+                "measure": ALONG,
+                "value": 2 / bent if bent > 0 else math.inf,
+                "error": 2 * float(along.sem) / bent**2 if bent else math.nan,
+            }
+        )
+        rows.append(
+            {"measure": FORWARD, "value": found, "error": float(critical.sem), "agrees": None}
+        )
+        for row in rows[1:]:
+            row["method"] = "one step without momentum"
+        rows[1]["agrees"] = (
+            math.isfinite(rows[1]["value"])
+            and math.isfinite(found)
+            and abs(rows[1]["value"] - found) <= AGREE * abs(found)
+        )
     results["rates"] = Table(rows=rows, x="measure", y="value", label="critical learning rates")
     return results
 
