@@ -147,6 +147,12 @@ def as_criterion(criterion: Any, model: nn.Module, device: torch.device | None, 
     return Criterion(call, family, function, settings, reduction, name)
 
 
+def knows_accuracy(criterion: Criterion) -> bool:
+    """Whether the loss is a classification whose predictions can be called right or wrong."""
+    binary = criterion.function in (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
+    return binary or criterion.family in ("cross_entropy", "nll")
+
+
 def correct_predictions(criterion: Criterion, output: Any, target: Any) -> tuple[Tensor, Tensor] | None:
     """(correct, counted), 0 or 1 for every position of a classifier's batch; None where the loss is no classification."""
     if not (isinstance(output, Tensor) and isinstance(target, Tensor)):

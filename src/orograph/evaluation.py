@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .criteria import correct_predictions
+from .criteria import Criterion, correct_predictions, knows_accuracy
 from .errors import NotDifferentiable
 from .layout import Layout
 from .terms import Recipe, Term, Terms
 
 Metric = Callable[[Any, Any], Any]  # (output, target) -> mean over the batch, or (total, count)
+TAKEN = ("loss", "error", "norm", "layers")  # names of quantities that stand beside metrics
 
 
 def no_gradient(recipe: Recipe) -> AbstractContextManager[Any]:
@@ -52,6 +53,17 @@ def no_dependence(names: Sequence[str]) -> str:
         f"the loss does not depend on any of the {len(names)} selected parameters ({', '.join(names[:3])} ...). Is there a .detach(), a torch.no_grad() "
         "or an argmax in the forward pass, or does params= name the wrong ones?"
     )
+
+
+def check_metrics(metrics: Mapping[str, Metric], criterion: Criterion | None) -> None:
+    """ValueError for a metric with the name of a quantity that is measured anyway."""
+    taken = (*TAKEN, "accuracy") if criterion is not None and knows_accuracy(criterion) else TAKEN
+    colliding = [name for name in metrics if name in taken]
+    if colliding:
+        raise ValueError(
+            f"metrics={{{colliding[0]!r}: ...}} would replace a quantity of that name which is measured "
+            f"anyway. Call it otherwise, such as 'my {colliding[0]}'; taken are {', '.join(taken)}."
+        )
 
 
 def all_metrics(terms: Terms, metrics: Mapping[str, Metric]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from .batches import is_pair
 from .criteria import as_criterion
 from .errors import NotDeterministic
-from .evaluation import Metric, PerExample, all_metrics, per_example, total_loss, value_and_gradient
+from .evaluation import Metric, PerExample, all_metrics, check_metrics, per_example, total_loss, value_and_gradient
 from .kernels import unwrapped
 from .layout import Layout
 from .linalg.operator import Space
@@ -97,6 +97,7 @@ class Objective:
         return cls.__new__(cls)._fill(take_snapshot(model, params, mode, None, None), recipe, data, metrics or {}, None)
 
     def _fill(self, snapshot: Snapshot, recipe: Recipe, data: Any, metrics: Mapping[str, Metric], batch_size: int | None) -> Objective:
+        check_metrics(metrics, recipe.criterion)
         self._terms, volatile = read_terms(snapshot, recipe, data, batch_size)
         self._snapshot = replace(snapshot, volatile=volatile)
         self._metrics, self._batch_size = metrics, batch_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -16,8 +16,8 @@ from .evaluation import PerExample
 from .objective import Objective
 from .paths import Path
 from .progress import Report
-from .renormalise import Repair, renormalised
-from .results import Point
+from .renormalise import Repair, renormalised, running_norms
+from .results import Point, Table, unequal_losses
 
 Statistics = Literal["interpolated", "reestimated", "repaired"]
 Reference = Callable[[Tensor, Tensor], Tensor]
@@ -57,13 +57,15 @@ class Profile:
         self.report(len(self.sums), len(self.sums), f"t = {t:.2f}, loss {loss:.4g}")
 
     def _place(self, t: float) -> Point | Tensor:
-        """The network at t, under the policy for statistics; the ends are as they are."""
+        """The network at t, under the policy for statistics."""
         place = self.path(t)
-        if self.statistics == "interpolated" or not 0 < t < 1:
+        if self.statistics == "interpolated":
             return place
-        if self.statistics == "reestimated":
+        if running_norms(self.fitted_on.snapshot.model):  # the ends too: one policy for the whole path
             self.forwards += 1
             return renormalised(self.fitted_on, place)
+        if self.statistics == "reestimated" or not 0 < t < 1:  # at the ends REPAIR changes nothing
+            return place
         first, last = self.path.points[0], self.path.points[-1]
         assert isinstance(place, Point) and isinstance(first, Point) and isinstance(last, Point)
         self._repair = self._repair or Repair(self.fitted_on, first, last)
@@ -71,6 +73,11 @@ class Profile:
         there = self._repair.at(place, t)
         self.forwards += self._repair.passes - before
         return there
+
+    @property
+    def policy(self) -> str:
+        """What was done to the networks of the path before their loss was taken."""
+        return policy_words(self.statistics, self.objective)
 
     def curve(self, metric: str) -> tuple[Tensor, Tensor]:
         """(t, value) of all points, in order."""
@@ -106,7 +113,7 @@ class Profile:
             share = {"over the chord": float(t[peak]), "over the mean of the ends": 0.5, "over the larger end": float(y[-1] > y[0])}[definition]
             half = half_width(examples[0], examples[-1], examples[peak], share)
             value = float(excess[peak])
-            rows.append({"definition": definition, "metric": metric, "split": split, "value": value, "lower": value - half, "upper": value + half, "t": float(t[peak])})
+            rows.append({"definition": definition, "metric": metric, "split": split, "value": value, "lower": value - half, "upper": value + half, "t": float(t[peak]), "statistics": self.policy})
         return rows
 
 
@@ -119,6 +126,29 @@ def trace_path(objective: Objective, path: Path, *, statistics: Statistics, reso
         for definition in DEFINITIONS:
             profile.refine(definition)
     return profile
+
+
+def policy_words(statistics: Statistics, objective: Objective) -> str:
+    """The policy for statistics in words; "as they are" where a network has none to choose for."""
+    if running_norms(objective.snapshot.model):
+        if statistics == "interpolated":
+            return "running statistics interpolated like the weights"
+        return "running statistics re-estimated at every point, the ends too"
+    return "activations repaired between the ends" if statistics == "repaired" else "as they are"
+
+
+def ends_table(profiles: Mapping[str, tuple[Profile, float]]) -> Table:
+    """Losses of the networks that are compared, by name: where each one is on a profile."""
+    rows = [{"name": name, "loss": profile.sums[t]["loss"]} for name, (profile, t) in profiles.items()]
+    return Table(rows=rows, x="name", y="loss", label="losses of the networks")
+
+
+def remarks(ends: Any, policy: str) -> str:
+    """What has to be said beside barriers: unequal losses of the networks, and the policy for statistics."""
+    assert isinstance(ends, Table)
+    unequal = unequal_losses({row["name"]: float(row["loss"]) for row in ends.rows})
+    said = "" if policy == "as they are" else f"Along the path: {policy}."
+    return "".join(f" {text}" for text in (unequal, said) if text)
 
 
 def check_statistics(probe: str, statistics: Any) -> None:

@@ -162,7 +162,7 @@ def _measure(subject: Subject, one: Probe, points: tuple[Any, ...], tags: dict[s
         missing=dict(subject.missing),
         settings=one.settings | {name: _described(value) for name, value in settings.items()},
         tags=tags,
-        provenance=_provenance(subject),
+        provenance=_provenance(subject) | ({} if one.points else {"loss": subject.once("loss", subject.objective.value)}),
         products=spent,
         reused=subject.reused,
         seconds=time.perf_counter() - began,

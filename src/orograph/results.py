@@ -18,12 +18,24 @@ from torch import Tensor
 
 Status = Literal["converged", "noise-limited", "budget-limited"]
 WIDE = 30.0  # the factor between the extremes of positive values from which a picture needs a logarithmic scale
+UNEQUAL = 0.05  # share of the larger loss by which two networks may differ before it is said
 STATUS_ORDER: tuple[Status, ...] = ("converged", "noise-limited", "budget-limited")  # best to worst
 
 
 def worst_status(statuses: Sequence[Status]) -> Status:
     """The status of a whole from the statuses of its parts."""
     return max(statuses, key=STATUS_ORDER.index, default="converged")
+
+
+def unequal_losses(losses: Mapping[str, float]) -> str:
+    """A sentence for networks, by name, whose losses differ by more than a twentieth, or nothing."""
+    known = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+    size = max(map(abs, known.values()), default=0.0)
+    if len(known) < 2 or max(known.values()) - min(known.values()) <= UNEQUAL * size:
+        return ""
+    shown = sorted(known.items(), key=lambda item: item[1])
+    shown = shown if len(shown) <= 4 else [shown[0], shown[-1]]
+    return f"The networks have unequal losses: {', '.join(f'{loss:.3g} ({name})' for name, loss in shown)}."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import torch
 
 from ..curvature import hessian
 from ..paths import Line
-from ..profiles import Statistics, check_statistics, end_labels, trace_path
+from ..profiles import Statistics, check_statistics, end_labels, ends_table, remarks, trace_path
 from ..progress import progress_bar
 from ..registry import Results, probe
 from ..results import Curve, Estimate, Point, Result, Table
@@ -23,8 +23,10 @@ def _says(results: Results) -> str:
     if results["length"].value == 0:  # type: ignore[union-attr]
         return "The two networks have the same weights, so there is nothing between them."
     if row["value"] <= 1e-3 * max(abs(float(results["path"].y[0])), 1e-12):  # type: ignore[union-attr]
-        return "The straight line between the two networks has no barrier: the loss stays below the chord between its ends."
-    return f"The straight line between the two networks has a loss barrier of {row['value']:.3g} over the chord between its ends, at t = {row['t']:.2f}: they are not connected by it."
+        first = "The straight line between the two networks has no barrier: the loss stays below the chord between its ends."
+    else:
+        first = f"The straight line between the two networks has a loss barrier of {row['value']:.3g} over the chord between its ends, at t = {row['t']:.2f}: they are not connected by it."
+    return first + remarks(results["ends"], row["statistics"])
 
 
 @probe(says=_says)
@@ -33,7 +35,7 @@ def barrier(subject: Subject, a: Point, b: Point, *, resolution: int = 25, stati
 
     Each maximum of the loss is refined in its bracket (Brent's method); it stays a lower bound on the barrier, since a narrower peak may lie between. `lower`,
     `upper`: 95 % interval over examples at that t, from paired differences to the ends · `statistics`: BatchNorm's running statistics "interpolated"
-    like the weights, or "reestimated" on the data at every t (of the first data set, for `held_out` too); "repaired": means and scales of all units' activations
+    like the weights, or "reestimated" on the data at every t, the ends too (of the first data set, for `held_out` too); "repaired": means and scales of all units' activations
     between those of the ends (REPAIR), which for a network with running statistics is the same · `derivatives`: the gradient's norm and the curvature
     $d^\top H d$ along the unit direction d of the line at every t of the grid too, for a gradient and a product each. Costs `resolution` forward passes and up to 36 for the
     refinement, twice with `held_out` data, and as many again where statistics are re-estimated.
@@ -49,6 +51,8 @@ def barrier(subject: Subject, a: Point, b: Point, *, resolution: int = 25, stati
         with progress_bar(subject.progress, f"line, {split}", unit="point") as report:
             profile = trace_path(objective, Line(a, b), statistics=statistics, resolution=resolution, report=report, refine=refine, fitted_on=subject.objective)
         rows += profile.barriers("loss", split)
+        if split == "train":
+            results["ends"] = ends_table({a.label or "a": (profile, 0.0), b.label or "b": (profile, 1.0)})
         suffix = "" if split == "train" else "_held_out"
         t, losses = profile.curve("loss")
         results[f"path{suffix}"] = Curve(x=t, y=losses, label=f"loss along the line, {split}", xlabel=end_labels(a, b), ylabel="loss")

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..alignment import align
 from ..paths import Line
-from ..profiles import Statistics, check_statistics, trace_path
+from ..profiles import Profile, Statistics, check_statistics, ends_table, policy_words, remarks, trace_path
 from ..progress import progress_bar
 from ..registry import Results, probe
 from ..results import Point, Result, Table
@@ -21,7 +21,7 @@ def _says(results: Results) -> str:
     worst = max(tree.rows, key=lambda row: float(row["barrier"]), default=None)
     if worst is None:
         return "One network alone is one basin."
-    return f"All networks can be reached from each other over straight lines with a barrier of at most {worst['barrier']:.3g}, between {worst['a']} and {worst['b']}; the highest direct one is {max(row['barrier'] for row in table.rows):.3g}."
+    return f"All networks can be reached from each other over straight lines with a barrier of at most {worst['barrier']:.3g}, between {worst['a']} and {worst['b']}; the highest direct one is {max(row['barrier'] for row in table.rows):.3g}.{remarks(results['networks'], table.rows[0]['statistics'])}"
 
 
 @probe(says=_says)
@@ -38,17 +38,20 @@ def basins(subject: Subject, *points: Point, resolution: int = 11, align_to_firs
     nets = [points[0], *(align(subject.objective, points[0], point, seed=seed).point for point in points[1:])] if align_to_first else list(points)
     names = [point.label for point in points]
     rows: list[dict[str, Any]] = []
+    policy, ends = policy_words(statistics, subject.objective), dict[str, tuple[Profile, float]]()
     with progress_bar(subject.progress, "pairs", unit="point") as report:
         for i, j in combinations(range(len(nets)), 2):
             profile = trace_path(subject.objective, Line(nets[i], nets[j]), statistics=statistics, resolution=resolution, report=report)
             chord = profile.barriers("loss", "train")[0]
-            rows.append({"a": names[i], "b": names[j], "barrier": max(chord["value"], 0.0), "barrier_sem": (chord["upper"] - chord["lower"]) / 3.92, "lower": chord["lower"], "upper": chord["upper"], "t": chord["t"], "length": Line(nets[i], nets[j]).length()})
+            ends |= {names[i]: (profile, 0.0), names[j]: (profile, 1.0)}
+            rows.append({"a": names[i], "b": names[j], "barrier": max(chord["value"], 0.0), "barrier_sem": (chord["upper"] - chord["lower"]) / 3.92, "lower": chord["lower"], "upper": chord["upper"], "t": chord["t"], "length": Line(nets[i], nets[j]).length(), "statistics": policy})
     heights = {(i, j): row["barrier"] for (i, j), row in zip(combinations(range(len(nets)), 2), rows, strict=True)}
     tree, ways = spanning_tree(len(nets), heights)
     grid = [{"a": names[i], "b": names[j], "value": 0.0 if i == j else ways[min(i, j), max(i, j)]} for i in range(len(nets)) for j in range(len(nets))]
     return {
         "pairs": Table(rows=rows, x="a", y="barrier", label="barriers of all pairs"),
         "minimax": Table(rows=grid, x="a", y="b", draw="heat", label="lowest barrier over all chains"),
+        "networks": ends_table(ends),
         "tree": Table(rows=[{"a": names[i], "b": names[j], "barrier": heights[i, j]} for i, j in tree], x="a", y="barrier", label="tree of the lowest ways"),
     }
 

@@ -11,7 +11,7 @@ from ..curves import fit_path
 from ..errors import OrographError
 from ..objective import Objective
 from ..paths import Line, Path
-from ..profiles import Profile, Statistics, end_labels, trace_path
+from ..profiles import Profile, Statistics, end_labels, ends_table, remarks, trace_path
 from ..progress import progress_bar
 from ..registry import Results, probe
 from ..renormalise import Repair
@@ -33,7 +33,10 @@ def _says(results: Results) -> str:
         "Averaging them as they are is safe" if straight <= 0.1 * max(rows[STRAIGHT]["larger_end"], 1e-12)
         else f"Do not average them as they are; {best['stage']}, their midpoint has a loss of {best['midpoint']:.3g}, against {rows[STRAIGHT]['larger_end']:.3g} at the worse end"
     )  # fmt: skip
-    return f"The straight line has a barrier of {straight:.3g}, {best['stage']} one of {best['barrier']:.3g}{curve}. {advice}."
+    said = f"The straight line has a barrier of {straight:.3g}, {best['stage']} one of {best['barrier']:.3g}{curve}. {advice}."
+    policies = {row["stage"]: row["statistics"] for row in (rows[STRAIGHT], best, *rows.values()) if row["stage"] in (STRAIGHT, best["stage"], CURVED)}
+    known = {name: policy for name, policy in policies.items() if policy != "as they are"}
+    return said + remarks(results["ends"], "; ".join(f"{name}, {policy}" for name, policy in known.items()) or "as they are")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ def connectivity(
             profile = trace_path(objective, stage.path, statistics=stage.statistics, resolution=resolution, report=report)
             row = _row(stage, profile, stage.seconds + time.perf_counter() - began)
             rows.append(row)
+            if stage.name == STRAIGHT:
+                results["ends"] = ends_table({a.label or "a": (profile, 0.0), b.label or "b": (profile, 1.0)})
             t, losses = profile.curve("loss")
             results[stage.name.replace(" ", "_")] = Curve(x=t, y=losses, label=f"loss: {stage.name}", xlabel=end_labels(a, b), ylabel="loss")
             if isinstance(stage.path, Line) and (best is None or row["barrier"] < best[0]):
@@ -119,7 +124,7 @@ def _row(stage: Stage, profile: Profile, seconds: float) -> dict[str, Any]:
     return {
         "stage": stage.name, "barrier": chord["value"], "barrier_sem": (chord["upper"] - chord["lower"]) / 3.92, "lower": chord["lower"], "upper": chord["upper"], "t": chord["t"],
         "error_barrier": profile.barriers("error", "train")[0]["value"] if known else float("nan"), "midpoint": profile.sums[0.5]["loss"], "maximum": float(losses.max()),
-        "larger_end": float(max(losses[0], losses[-1])), "length": stage.path.length(), "statistics": stage.statistics, "seconds": seconds, "forwards": profile.forwards, "gradients": stage.gradients,
+        "larger_end": float(max(losses[0], losses[-1])), "length": stage.path.length(), "statistics": profile.policy, "seconds": seconds, "forwards": profile.forwards, "gradients": stage.gradients,
     }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from ..pictures import (
 from ..planes import Normalisation, Plane, plane_through, random_direction
 from ..progress import Report, progress_bar
 from ..registry import Results, probe
-from ..results import Point, Result, Surface, Table
+from ..results import Point, Result, Surface, Table, unequal_losses
 from ..samples import Samples, SurfaceStatistics, chosen_policy
 from ..subject import Subject
 
@@ -55,6 +55,9 @@ def _says(results: Results) -> str:
     short = "" if rows["error asked for was reached"] else " Evaluations ran out before the error asked for was reached: raise max_evaluations, or ask for less (tol)."
     doubtful = [str(row["name"]) for row in points.rows if row["doubtful"]]
     doubt = f" Do not trust it at {', '.join(doubtful)}, whose own loss is another one or which lies outside." if doubtful else ""
+    if len(points.rows) > 1:
+        losses = {str(row["name"]): float(row["loss"]) for row in points.rows}
+        doubt = f"{doubt} {unequal_losses(losses)}".rstrip()
     return f"Over this plane the loss goes from {rows['lowest sample']:.3g} to {rows['highest sample']:.3g}, drawn from {rows['samples that it is drawn from']:,} samples{own}.{left_out}{short}{doubt}{model}"
 
 

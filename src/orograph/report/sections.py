@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..records import Record, Records
-from ..results import Curve, Estimate, Point, Result, Spectrum, Table
+from ..results import Curve, Estimate, Point, Result, Spectrum, Table, unequal_losses
 from ..scalars import Scalar, is_number, scalars
 from .blocks import MOST_COLUMNS, make_block, number_cell, quantity_title
 from .theme import DASHES, PALETTE, Series, sentence, spread
@@ -107,7 +107,19 @@ def _summary(shown: Sequence[Shown]) -> dict[str, Any]:
     columns = [column for column in _networks(shown) if any(column[0] in cells for cells in rows.values())]
     kept = columns[-MOST_COLUMNS:]
     table = [(probe, quantity, [cells.get(name) for name, _ in kept]) for (probe, quantity), cells in rows.items()]
-    return {"columns": kept, "rows": table, "hidden": len(columns) - len(kept), "axis": next((s.axis for s in shown if s.at is not None), "")}
+    return {"columns": kept, "rows": table, "hidden": len(columns) - len(kept), "unequal": _unequal(shown), "axis": next((s.axis for s in shown if s.at is not None), "")}
+
+
+def _unequal(shown: Sequence[Shown]) -> str:
+    """What to know before networks are compared by their curvature: that their losses differ."""
+    losses: dict[Any, dict[str, float]] = {}
+    for s in shown:
+        if is_number(s.record.provenance.get("loss")):
+            data = s.record.provenance.get("fingerprints", {}).get("data")
+            losses.setdefault(data, {})[s.group] = float(s.record.provenance["loss"])
+    found = [text for text in map(unequal_losses, losses.values()) if text]
+    note = " Curvature and sharpness change with the loss, so a difference in them says nothing yet."
+    return "".join(f"{text}{note}" for text in found[:1])
 
 
 def _key_numbers(name: str, result: Result) -> list[Scalar]:
