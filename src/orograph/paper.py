@@ -32,7 +32,9 @@ def draw_paper(surface: Surface, path: Path, marks: Sequence[dict[str, Any]], vi
     with rc_context({"svg.hashsalt": "orograph", "svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "axes.linewidth": 0.6}):  # no pyplot: the user's figures and backend stay as they are
         figure = Figure(figsize=SIZE, layout="constrained")
         (_contours if view == "contours" else _relief)(figure, surface, marks)
-        notes = [f"{surface.evaluations:,} evaluations" if surface.evaluations else "", surface.note]
+        low = float(surface.z[surface.z.isfinite()].min()) if surface.floor is not None else 0.0
+        drawn = f"values below {surface.floor:.2g} drawn like it" if surface.floor is not None and low < surface.floor else ""
+        notes = [f"{surface.evaluations:,} evaluations" if surface.evaluations else "", surface.note, drawn]
         figure.supxlabel(fill(", ".join(filter(None, notes)), 88), fontsize=6.5, color="0.35")
         when = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix, {})
         figure.savefig(path, dpi=DOTS, metadata={**when, "Title": surface.label or "surface"})
@@ -41,7 +43,8 @@ def draw_paper(surface: Surface, path: Path, marks: Sequence[dict[str, Any]], vi
 def _heights(surface: Surface) -> tuple[Any, Any, Any]:
     """x, y, and z as matplotlib has it: rows along y, holes masked."""
     x, y, z = (np.asarray(part.detach().cpu(), dtype=np.float64) for part in (surface.x, surface.y, surface.z))
-    return x, y, np.ma.masked_invalid(z.T)
+    heights = np.ma.masked_invalid(z.T)
+    return x, y, heights if surface.floor is None else np.ma.maximum(heights, surface.floor)
 
 
 def _colours(surface: Surface, z: Any) -> tuple[Any, Any]:
@@ -52,8 +55,8 @@ def _colours(surface: Surface, z: Any) -> tuple[Any, Any]:
     low, high = (float(z.min()), float(z.max())) if z.count() else (0.0, 1.0)
     if not high > low:
         low, high = low - 0.5, high + 0.5
-    if surface.wide:
-        return np.geomspace(low, high, 19), LogNorm(low, high)
+    if surface.floor is not None:
+        return np.geomspace(surface.floor, high, 19), LogNorm(surface.floor, high)
     return MaxNLocator(18).tick_values(low, high), Normalize(low, high)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal
@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .chebyshev import nodes
-from .crowds import losses_of
-from .grids import FLAT, Place, Sampled, sample_square
+from .chebyshev import interpolation_matrix, nodes
+from .grids import FLAT, Place, Sampled, even
 from .linalg.operator import LinearOperator
 from .objective import Objective
 from .planes import Plane
+from .refinement import sample_square
 from .results import Curve, Point, Surface
 from .samples import Samples, SurfaceStatistics
 from .topology import basins_of
@@ -43,50 +43,80 @@ class Picture:
         """Of the picture, in units of the loss; what the data leave open not among it."""
         return self.sampled.errors[0] * self.sampled.scale().spread
 
-    @property
-    def unknown(self) -> int:
-        """Points of the picture that were left out, for want of evaluations."""
-        return sum(len(self.sampled.points_in(square)) for square in self.sampled.squares if square.interpolant is None and not square.direct)
+    def loss_at(self, i: int, j: int) -> float:
+        """The loss at a point of the picture: evaluated where it was, else the picture's own."""
+        place = float(self.surface.x[i]), float(self.surface.y[j])
+        return self.samples.found[place][0] if place in self.samples.found else float(self.surface.z[i, j])
 
 
 def draw(samples: Samples, *, span: float, resolution: int, tol: float, most: int, seed: int, networks: Sequence[Point] = (), whole: Objective | None = None, title: str = "") -> Picture:
-    """The loss over (s, t) in [-span, span]^2 of a plane, at any resolution. `networks`: to be marked; `whole`: the objective of all examples, where the samples are of some; `title`: what plane it is."""
+    """The loss over (s, t) in [-span, span]^2 of a plane, at any resolution, by at most `most` evaluations, and never more than the picture has points.
 
-    def spanned(places: Sequence[Place]) -> list[Place]:
-        return [(span * s, span * t) for s, t in places]
+    `networks`: to be marked; where they alone would take two thirds of these evaluations, they come on top · `whole`: the objective of all examples, where the samples are of some · `title`:
+    what plane it is.
+    """
+    marked = {(s / span, t / span): (s, t) for s, t in [*(samples.plane.coordinates(network)[:2] for network in networks), samples.reference]}
+    inside = [place for place in marked if max(map(abs, place)) <= 1]
 
-    marked = [(s / span, t / span) for s, t, _ in map(samples.plane.coordinates, networks) if abs(s) <= span and abs(t) <= span]
-    most -= MOST + len(networks) - len(marked)  # for the minima, and for the shadows of networks outside the picture
-    sampled = sample_square(lambda places: samples.losses(spanned(places)), resolution=resolution, tol=tol, most=most, seed=seed, also=marked)
-    z = sampled.grid(lambda place: samples.at(spanned([place]))[0][0])
-    variance = sampled.grid(lambda place: samples.at(spanned([place]))[0][1] ** 2, as_sampled=False)  # smooth at the origin, where the error itself has a cone's tip
-    error = variance.clamp(min=0).sqrt()
-    along = [_along(sampled, axis, lambda places: samples.losses(spanned(places)), most) for axis in (0, 1)]
-    x = span * sampled.axis
-    samples.losses([(float(x[i]), float(x[j])) for i, j in (basin.minimum for basin in basins_of(z)[:MOST])])  # a polynomial may have minima that the loss has not
+    def losses(places: Sequence[Place]) -> list[float]:
+        return samples.losses([marked.get((s, t), (span * s, span * t)) for s, t in places])
+
+    most, lines = min(most, resolution**2), {span * float(s) for s in even(resolution)}
+    beside = samples.before + sum(not {s, t} <= lines for s, t in samples.refused) + samples.price(len(marked) - len(inside)) + sum(not in_plane(samples, network) for network in networks)
+    sampled = sample_square(losses, resolution=resolution, tol=tol, most=most - beside if 3 * beside <= 2 * most else most, seed=seed, also=inside, price=samples.price)
+    error = _errors(samples, sampled, marked, span)
+    z = sampled.grid(lambda place: sampled.seen[place])
+    along = _along(sampled, z)
+    minima = [(float(sampled.axis[i]), float(sampled.axis[j])) for i, j in (basin.minimum for basin in basins_of(z)[:MOST])]
+    losses(_affordable(sampled, minima))  # a polynomial may have minima that the loss has not
     names = [f"{name}, in units of {_relative(samples, direction)}" for name, direction in (("s", samples.plane.u), ("t", samples.plane.v))]
+    x = span * sampled.axis
     slices = [Curve(x=x, y=y, label=f"loss along the {order} axis", xlabel=name, ylabel="loss") for y, order, name in zip(along, ("first", "second"), names, strict=True)]
     some = whole is not None and whole.examples > samples.objective.examples
     own = sampled.errors[0]
     notes = [title, f"error {own:.1%} of the range" if math.isfinite(own) else "", f"{samples.objective.examples:,} of {whole.examples:,} examples" if some and whole is not None else "", samples.policy]
     surface = Surface(
-        x=x, y=x, z=z, error=None if bool(error.isnan().all()) else error, evaluations=samples.evaluations, label="loss", note=", ".join(filter(None, notes)), xlabel=names[0], ylabel=names[1],
-        logarithmic=sampled.scale().logarithmic is not None and not bool((z <= 0).any()), status="converged" if sampled.converged else "budget-limited",
+        x=x, y=x, z=z, error=error, evaluations=samples.evaluations, label="loss", note=", ".join(filter(None, notes)), xlabel=names[0], ylabel=names[1],
+        logarithmic=sampled.scale().logarithmic is not None, status="converged" if sampled.converged else "budget-limited",
     )  # fmt: skip
     return Picture(surface, (slices[0], slices[1]), sampled, samples)
 
 
-def _along(sampled: Sampled, axis: int, losses: Callable[[Sequence[Place]], Sequence[float]], most: int) -> Tensor:
-    """The loss along one of the axes, through the origin of the plane; nan where neither a polynomial nor the budget reaches."""
-    x, zero = sampled.axis, torch.zeros(sampled.resolution, dtype=torch.float64)
-    y = sampled.at(*((x, zero) if axis == 0 else (zero, x)))
-    lost = [int(i) for i in torch.nonzero(y.isnan())[:, 0]]
-    places = [(float(x[i]), 0.0) if axis == 0 else (0.0, float(x[i])) for i in lost]
-    new = len(sampled.unseen(places))
-    for i, place in zip(lost, places, strict=True):
-        if place in sampled.seen or len(sampled.seen) + 2 * new <= most:  # there are two axes
-            y[i] = losses([place])[0]
-    return y
+def in_plane(samples: Samples, network: Point) -> bool:
+    """Whether a network is the one that its place in the plane has, up to rounding: the loss there is then its own."""
+    s, t, _ = samples.plane.coordinates(network)
+    here = samples.objective.point(samples.plane(s, t))
+    same = all(torch.equal(value, others[name]) for own, others in ((network.buffers, here.buffers), (network.frozen, here.frozen)) for name, value in own.items())
+    rounding = 4 * torch.finfo(here.theta.dtype).eps * float(here.theta.double().norm())
+    return same and (samples.statistics == "frozen" or not samples.policy) and float((network.theta - here.theta).double().norm()) <= rounding
+
+
+def _errors(samples: Samples, sampled: Sampled, marked: dict[Place, Place], span: float) -> Tensor | None:
+    """Standard errors of the data: the variance is smooth at the reference, where the error itself has a cone's tip."""
+    found = samples.at([marked.get((s, t), (span * s, span * t)) for s, t in sampled.seen])
+    variances = {place: error**2 for place, (_, error) in zip(sampled.seen, found, strict=True)}
+    error = sampled.grid(lambda place: variances[place], as_sampled=False).clamp(min=0).sqrt()
+    return None if bool(error.isnan().all()) else error
+
+
+def _affordable(sampled: Sampled, places: Sequence[Place]) -> list[Place]:
+    """As many of some places as the evaluations left allow, which are then spent."""
+    new = sampled.unseen(places)
+    while new and sampled.price(len(new)) > sampled.left:
+        new.pop()
+    sampled.left -= sampled.price(len(new))
+    return [place for place in places if place in sampled.seen or place in new]
+
+
+def _along(sampled: Sampled, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss along both axes, through the origin of the plane: where the picture has no points on them by its polynomials, or by a cubic through the four nearest lines of points."""
+    x, zero, middle = sampled.axis, torch.zeros(sampled.resolution, dtype=torch.float64), sampled.resolution // 2
+    if sampled.resolution % 2:
+        return z[:, middle].clone(), z[middle].clone()
+    near = slice(middle - 2, middle + 2)
+    cubic = interpolation_matrix(zero[:1], x[near])[0]
+    first, second = sampled.at(x, zero), sampled.at(zero, x)
+    return torch.where(first.isnan(), z[:, near] @ cubic, first), torch.where(second.isnan(), cubic @ z[near], second)
 
 
 def _relative(samples: Samples, direction: Tensor) -> str:
@@ -107,24 +137,30 @@ def check_resolution(probe: str, resolution: object) -> None:
         raise ValueError(f"{probe}(resolution={resolution!r}) needs a whole number of points a side, 3 at least.")
 
 
-def sampled_data(objective: Objective, plane: Plane, examples: Examples, *, span: float, tol: float, seed: int) -> Objective:
-    r"""The objective over so many random examples; "enough": so many that the standard error of the loss is below `tol` of the picture's range.
+def sampled_data(objective: Objective, plane: Plane, examples: Examples, *, span: float, tol: float, seed: int) -> tuple[Objective, int]:
+    r"""The objective over so many random examples, and how many evaluations of it the choice has cost; "enough": so many that the standard error of the loss is below `tol` of the picture's range.
 
     A pilot of 256 examples at 25 places tells the deviation sigma of an example's loss: $\sigma^2 (1/m - 1/N) \le (tol \cdot range)^2$ for m of N examples. All where half would be needed.
     """
     if examples is None or (examples == "enough" and objective.examples <= 2 * PILOT):
-        return objective
+        return objective, 0
     if examples != "enough":
-        return _regrouped(objective, int(examples), seed)
+        return _regrouped(objective, int(examples), seed), 0
     pilot = Samples(objective.sample(PILOT, seed), plane, "frozen")
     x = (span * nodes(4)).tolist()
     found = torch.tensor(pilot.at([(s, t) for s in x for t in x]), dtype=torch.float64)
     loss, error = found[found.isfinite().all(1)].T
     if not len(loss):
-        return objective
+        return objective, _share(pilot, objective)
     aim = (tol * float(loss.max() - loss.min())) ** 2
     m = math.ceil(1 / (aim / max(PILOT * float(error.max()) ** 2, 1e-300) + 1 / objective.examples))
-    return objective if m > objective.examples / 2 else _regrouped(objective, max(m, PILOT), seed)
+    chosen = objective if m > objective.examples / 2 else _regrouped(objective, max(m, PILOT), seed)
+    return chosen, _share(pilot, chosen)
+
+
+def _share(pilot: Samples, objective: Objective) -> int:
+    """What a pilot has cost in evaluations of another objective."""
+    return math.ceil(pilot.evaluations * pilot.objective.examples / objective.examples)
 
 
 def _regrouped(objective: Objective, examples: int, seed: int) -> Objective:
@@ -161,27 +197,31 @@ def basin_rows(picture: Picture) -> list[dict[str, Any]]:
             way = {"pass_s": float(surface.x[basin.pass_[0]]), "pass_t": float(surface.y[basin.pass_[1]])}
             doubt = (0.0 if surface.error is None else 1.96 * math.hypot(float(surface.error[i, j]), float(surface.error[basin.pass_])))
         depth = basin.persistence if basin.pass_ is not None else float(finite.max()) - basin.value
-        row = {"s": float(surface.x[i]), "t": float(surface.y[j]), "loss": picture.samples.losses([(float(surface.x[i]), float(surface.y[j]))])[0], "depth": basin.persistence}
+        row = {"s": float(surface.x[i]), "t": float(surface.y[j]), "loss": picture.loss_at(i, j), "depth": basin.persistence}
         rows.append(row | {"significant": bool(depth > doubt + 2 * picture.error)} | way)
     return rows
 
 
-def mark_rows(picture: Picture, objective: Objective, networks: Sequence[Point]) -> list[dict[str, Any]]:
+def mark_rows(picture: Picture, networks: Sequence[Point]) -> list[dict[str, Any]]:
     """Where networks lie: coordinates, their own loss and the one at their shadow in the plane, both evaluated; what the plane leaves out; and whether it misleads there.
 
     `doubtful`: a residual of more than a quarter of the picture's half-diagonal, or losses that differ by more than a quarter of the picture's range (of its logarithms, where it is read by
-    these), or by anything unknown.
+    these), or by anything unknown. A network that lies in the plane with all that belongs to it is its own shadow, and is evaluated once.
     """
-    plane, z = picture.samples.plane, picture.surface.z[picture.surface.z.isfinite()]
-    spread = float(z.max() - z.min()) if len(z) else 0.0
+    samples, z = picture.samples, picture.surface.z[picture.surface.z.isfinite()]
+    plane, spread = samples.plane, float(z.max() - z.min()) if len(z) else 0.0
     size = float(picture.surface.x[-1]) * math.hypot(float(plane.u.double().norm()), float(plane.v.double().norm()))  # a middle of the picture is near nothing, and no reason for doubt
+    floor = picture.surface.floor
     rows, places = [], [plane.coordinates(network) for network in networks]
-    shadows = picture.samples.losses([(s, t) for s, t, _ in places])  # together: one reading of the data
-    for network, (s, t, off), shadow in zip(networks, places, shadows, strict=True):
-        loss = losses_of(objective, [network])[0][0]
+    shadows = samples.losses([(s, t) for s, t, _ in places])  # together: one reading of the data
+    others = [not in_plane(samples, network) for network in networks]
+    own = iter(samples.own_losses([network for network, other in zip(networks, others, strict=True) if other]))
+    for network, (s, t, off), shadow, other in zip(networks, places, shadows, others, strict=True):
+        loss = next(own) if other else shadow
         apart = abs(loss - shadow) / max(spread, 4 * FLAT * abs(loss), 1e-300)
-        if picture.surface.wide:  # where a picture is read by its logarithms
-            apart = max(apart, abs(math.log(loss / shadow)) / math.log(float(z.max() / z.min()))) if loss > 0 and shadow > 0 else math.inf
+        if floor is not None:  # where a picture is read by its logarithms
+            logs = abs(math.log((loss if loss > 0 else floor) / (shadow if shadow > 0 else floor))) if math.isfinite(loss) and math.isfinite(shadow) else math.inf
+            apart = max(apart, logs / math.log(float(z.max()) / floor))
         doubtful = not (off <= DOUBTFUL * size and apart <= DOUBTFUL)
         rows.append({"name": network.label, "s": s, "t": t, "loss": loss, "in_plane_loss": shadow, "residual": off, "doubtful": doubtful})
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -9,11 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .crowds import losses_of
 from .objective import Objective
 from .paths import Place, theta_of
 from .results import Point
 
 MARGIN = 1.4  # half-width of a picture over that of its networks: minima around them are in it
+LENGTH_EVALUATIONS = 2  # that `curvature_length` takes
 Normalisation = Literal["filter", "layer", "whole"]
 
 
@@ -65,6 +68,20 @@ def random_direction(objective: Objective, seed: int, normalisation: Normalisati
             rows, size = part.flatten(1), own.flatten(1).norm(dim=1, keepdim=True)
             found.append((rows * (size / rows.norm(dim=1, keepdim=True).clamp(min=1e-30))).view_as(part))
     return layout.flatten(found, theta)
+
+
+def curvature_length(objective: Objective, largest: float) -> float:
+    r"""The length of axes along eigenvectors, where the loss rises by as much as has been learnt: $\ell = \sqrt{2 \Delta / \lambda_1}$.
+
+    $\Delta$ is the difference between the own loss and the one of all weights zero (about log C for C classes), or the own loss where that is larger. A unit vector says nothing of the loss: with
+    $\lambda_1$ = 40 the quadratic model rises by 20 over it, far beyond the basin, where a loss has kinks. The axes are no longer than the weights. `largest`: the eigenvalue. Two evaluations.
+    """
+    own = objective.point()
+    (here, _), (nothing, _) = losses_of(objective, [own, replace(own, theta=torch.zeros_like(own.theta))])
+    rise = max((abs(value) for value in (here, nothing - here) if math.isfinite(value)), default=0.0)
+    weights = float(own.theta.double().norm())
+    length = math.sqrt(2 * rise / largest) if largest > 0 else math.inf
+    return min(length, weights or math.inf) if 0 < min(length, weights or math.inf) < math.inf else 1.0
 
 
 def plane_through(points: Sequence[Point], margin: float = MARGIN) -> Plane:

@@ -187,6 +187,17 @@ class Curve:
     ylabel: str = ""
 
 
+def lowest_shown(values: Tensor, *, always: bool = False) -> float | None:
+    """The lowest value of a logarithmic scale: the least above zero, up to rounding of the largest one. None where values below zero or a range of less than a factor of `WIDE` ask for a linear scale, unless it is `always` logarithmic."""
+    finite = values[values.isfinite()].double()
+    high = float(finite.max()) if len(finite) else 0.0
+    rounding = torch.finfo(torch.float64).eps * high
+    if not high > 0:
+        return None
+    low = float(finite[finite > rounding].min())
+    return low if always or (float(finite.min()) >= -rounding and high > WIDE * low) else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Surface:
     """A quantity over a plane: `z[i, j]` at (x[i], y[j]); `error`: the standard error of each `z`'s difference to the one at a place of reference (a probe says which), or None; `evaluations` of the loss spent; `note`: what to know of the picture; `logarithmic`: its scale, None: where positive values span a factor of 30 · `status`: whether its own error is what was asked for."""
@@ -207,10 +218,12 @@ class Surface:
     @property
     def wide(self) -> bool:
         """Whether a picture has a logarithmic scale."""
-        if self.logarithmic is not None:
-            return self.logarithmic
-        finite = self.z[self.z.isfinite()]
-        return bool(len(finite)) and float(finite.min()) > 0 and float(finite.max()) > WIDE * float(finite.min())
+        return self.floor is not None
+
+    @property
+    def floor(self) -> float | None:
+        """The lowest value that a logarithmic scale shows: zeros, and what is lower, are drawn like it; None for a linear scale."""
+        return None if self.logarithmic is False else lowest_shown(self.z, always=self.logarithmic is True)
 
 
 @dataclass(frozen=True, kw_only=True)

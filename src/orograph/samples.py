@@ -35,6 +35,7 @@ WITNESSES, SAME = 3, 1e-4  # samples found that are evaluated again, and what an
 class Samples:
     """Losses over one plane for one data set and one policy for running statistics.
 
+    `evaluations`: losses of the whole data that were evaluated, whatever for (given: those before, to choose the plane and the data); `passes`: forward passes that this took, two for a loss where running statistics are re-estimated ·
     `path`: a JSON-lines file; a line is one sample, appended as soon as it is there · `reference`: the place that errors are differences to.
     """
 
@@ -46,14 +47,19 @@ class Samples:
     reference: Place = (0.0, 0.0)
     found: dict[Place, tuple[float, float]] = field(default_factory=dict)
     evaluations: int = 0
+    passes: int = 0
+    before: int = field(init=False)  # evaluations that were given
+    refused: list[Place] = field(default_factory=list)  # places whose stored samples are another loss's, evaluated to know that
     key: str = field(init=False)  # a hash of what the losses depend on
     _broken: bool = False  # the file ends in a line of a killed process
-    _referred: PerExample | None = None  # the losses of examples at the reference
+    _referred: list[PerExample | None] = field(default_factory=list)  # the losses of examples at the reference, once they are known
     _together: int = 1
     _expected: int = 0  # evaluations when what is asked for now is there
 
     def __post_init__(self) -> None:
-        self.key = self._hash()
+        self.key, self.before = self._hash(), self.evaluations
+        if not self._repeats:
+            self._together = self._affordable(0.0)
         if self.path is None or not self.path.exists():
             return
         text = self.path.read_text()
@@ -65,11 +71,34 @@ class Samples:
                 stored.setdefault(row["key"], {})[row["s"], row["t"]] = row["loss"], row["error"]
             except (ValueError, TypeError, KeyError):
                 continue  # the last line of a killed process
+        self._take(stored)
+
+    def _take(self, stored: dict[str, dict[Place, tuple[float, float]]]) -> None:
+        """Find the samples that have the losses of now: no hash knows a user's own loss or the code of a model, and far from the origin both show."""
         key, again = self.key, 1
-        while self.key in stored and not self._bear_witness(stored[self.key]):
+        now: dict[Place, tuple[float, float]] = {}
+        while self.key in stored:
+            chosen = self._witnesses(stored[self.key])
+            new = [place for place in chosen if place not in now]
+            self._expected = self.evaluations + self.price(len(new))
+            if new:
+                self._evaluate(new, keep=False)
+            now, self.found = now | self.found, {}
+            if all(math.isclose(old := stored[self.key][place][0], now[place][0], rel_tol=SAME) or (old != old and now[place][0] != now[place][0]) for place in chosen):
+                self.found = stored[self.key]
+                self.refused = [place for place in now if place not in self.found]
+                return
             again += 1
             self.key = f"{key}-{again}"
-        self.found = stored.get(self.key, {})
+        self.refused, self.found = list(now), now
+        for (s, t), (loss, error) in now.items():
+            self._append({"key": self.key, "s": s, "t": t, "loss": loss, "error": error})
+
+    def _witnesses(self, stored: dict[Place, tuple[float, float]]) -> list[Place]:
+        """Stored places that are evaluated again: the reference, which is needed anyway, the one with the highest loss, and those farthest from the origin."""
+        places = sorted(stored, key=lambda place: (place[0] ** 2 + place[1] ** 2, place), reverse=True)
+        highest = max(places, key=lambda place: stored[place][0] if math.isfinite(stored[place][0]) else -math.inf)
+        return [place for place in dict.fromkeys([self.reference, highest, *places]) if place in stored][:WITNESSES]
 
     def _hash(self) -> str:
         objective = self.objective
@@ -83,24 +112,20 @@ class Samples:
         text = re.sub(r"0x[0-9a-f]+", "", json.dumps([fingerprint(tensors), rest]))  # addresses, which a module may print, are others in every process
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def _bear_witness(self, stored: dict[Place, tuple[float, float]]) -> bool:
-        """Whether samples found have the losses that they have now: no hash knows a user's own loss or the code of a model, and far from the origin both show."""
-        places = sorted(stored, key=lambda place: (place[0] ** 2 + place[1] ** 2, place))
-        chosen = list(dict.fromkeys(places[i] for i in (-1, -2, len(places) // 2) if -len(places) <= i < len(places)))[:WITNESSES]
-        self._expected = self.evaluations + len(chosen)
-        self._evaluate(chosen, keep=False)
-        now = [self.found.pop(place)[0] for place in chosen]
-        return all(math.isclose(stored[place][0], loss, rel_tol=SAME) or (loss != loss and stored[place][0] != stored[place][0]) for place, loss in zip(chosen, now, strict=True))
-
-    def _point(self, place: Place) -> Point:
-        point = self.objective.point(self.plane(*place))
-        return renormalised_all(self.objective, [point])[0] if self.statistics == "reestimated" else point
-
     def referred(self) -> PerExample | None:
         """The losses of the single examples at the reference."""
-        if self._referred is None:
-            self._referred = losses_of(self.objective, [self._point(self.reference)])[0][1]
-        return self._referred
+        if not self._referred:
+            self._evaluate([], keep=self.reference not in self.found)
+        return self._referred[0]
+
+    @property
+    def _repeats(self) -> bool:
+        """Whether examples come in the same order in every pass."""
+        return self.objective.terms().batches.repeats
+
+    def price(self, places: int) -> int:
+        """Evaluations for some new places: where examples come in another order in every pass, the reference goes with every group, for differences of single examples."""
+        return places if self._repeats else places + math.ceil(places / TOGETHER)
 
     @property
     def policy(self) -> str:
@@ -120,13 +145,23 @@ class Samples:
         Places go through the data together, batch by batch, as many as a minute, a quarter of the free memory and `TOGETHER` allow: a killed job loses no more.
         """
         wanted = [place for place in dict.fromkeys(places) if place not in self.found]
-        self._expected = self.evaluations + len(wanted)
+        self._expected = self.evaluations + self.price(len(wanted))
         while wanted:
             group, wanted = wanted[: self._together], wanted[self._together :]
             began = time.perf_counter()
             self._evaluate(group)
-            self._together = self._affordable((time.perf_counter() - began) / len(group))
+            if self._repeats:
+                self._together = self._affordable((time.perf_counter() - began) / len(group))
+            wanted = [place for place in wanted if place not in self.found]  # the reference may have come with them
         return [self.found[place] for place in places]
+
+    def own_losses(self, networks: Sequence[Point]) -> list[float]:
+        """The losses of networks themselves, which need not lie in the plane."""
+        size, found = self._affordable(0.0), list[float]()
+        for start in range(0, len(networks), size):
+            found += [loss for loss, _ in losses_of(self.objective, networks[start : start + size])]
+        self.evaluations, self.passes = self.evaluations + len(networks), self.passes + len(networks)
+        return found
 
     def level_error(self) -> float:
         """Standard error over examples of the loss at the reference itself, by which the whole picture may be too high or too low."""
@@ -134,20 +169,26 @@ class Samples:
         return math.nan if there is None else difference_sem(nothing, nothing, there, 0.5)
 
     def _evaluate(self, group: Sequence[Place], *, keep: bool = True) -> None:
-        before, there = self.evaluations, self.referred()
-        points = [self.objective.point(self.plane(s, t)) for s, t in group]
-        if self.statistics == "reestimated":
+        """Evaluate places together, with the reference where its examples are needed: in one pass with the others, since examples that come in another order make no pairs."""
+        before = self.evaluations
+        crowd = [*group, self.reference] if self.reference not in group and not (self._referred and self._repeats) else list(group)
+        points = [self.objective.point(self.plane(s, t)) for s, t in crowd]
+        renormalises = self.statistics == "reestimated" and bool(running_norms(self.objective.snapshot.model))
+        if renormalises:
             points = renormalised_all(self.objective, points)
-        again = [] if self.objective.terms().batches.repeats else [self._point(self.reference)]  # in one pass with the others: examples that come in another order make no pairs
-        share = len(group) / (len(group) + len(again))
-        found = losses_of(self.objective, [*points, *again], lambda done: self.report(before + int(done * share * len(group)), self._expected))
-        there = found.pop()[1] if again else there
-        for (s, t), (loss, examples) in zip(group, found, strict=True):
+        self._expected = max(self._expected, before + len(crowd))
+        losses = losses_of(self.objective, points, lambda done: self.report(before + int(done * len(crowd)), self._expected))
+        if self.reference in crowd:
+            self._referred = [losses[crowd.index(self.reference)][1]]
+        (there,) = self._referred
+        for (s, t), (loss, examples) in zip(crowd, losses, strict=True):
+            if (s, t) in self.found:
+                continue
             error = math.nan if examples is None or there is None else difference_sem(there, there, examples, 0.5)
             self.found[s, t] = loss, error
             if self.path is not None and keep:
                 self._append({"key": self.key, "s": s, "t": t, "loss": loss, "error": error})
-        self.evaluations = before + len(group)
+        self.evaluations, self.passes = before + len(crowd), self.passes + len(crowd) * (2 if renormalises else 1)
         self.report(self.evaluations, self._expected)
 
     def _affordable(self, seconds: float) -> int:

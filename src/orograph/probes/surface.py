@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..pictures import (
     quadratic_model,
     sampled_data,
 )
-from ..planes import Normalisation, Plane, plane_through, random_direction
+from ..planes import LENGTH_EVALUATIONS, Normalisation, Plane, curvature_length, plane_through, random_direction
 from ..progress import Report, progress_bar
 from ..registry import Results, probe
 from ..results import Point, Result, Surface, Table, unequal_losses
@@ -33,6 +34,7 @@ from ..subject import Subject
 
 Axes = Literal["random", "eigenvectors", "gradient"]
 RADIUS = "length of (s, t) at which the quadratic model fails"
+RISE = "rise of the quadratic model over the top eigenvector's axis"
 AXES = {"eigenvectors": "the Hessian's top two eigenvectors", "gradient": "the gradient and the Hessian's top eigenvector"}
 
 
@@ -69,41 +71,50 @@ def surface(
     r"""The loss over a plane: $L(\theta + s u + t v)$ for (s, t) in [-`span`, `span`]^2, around the own point, through three networks, or in a `plane` given.
 
     The directions u, v have the length of the weights, so that s and t are relative distances (axes say how long they are). `axes`: "random", normalised per "filter" (Li et al. 2018,
-    arXiv:1712.09913), per "layer" or as a "whole" · "eigenvectors": the top two of the Hessian, unit vectors as they are · "gradient": it and the top eigenvector, unit vectors.
+    arXiv:1712.09913), per "layer" or as a "whole" · "eigenvectors": the top two of the Hessian · "gradient": it and the top eigenvector. Both of these axes are so long that the quadratic model
+    rises along the top eigenvector by what has been learnt, $\ell = \sqrt{2 \Delta / \lambda_1}$, $\Delta = \max(|L|, |L_0 - L|)$ with $L_0$ the loss of all weights zero (about log C for C classes), and
+    no longer than the weights. A unit vector would lead as far as the network's scale has it, beyond the basin, where a loss has kinks and a picture costs several times as much.
 
-    Samples at Chebyshev points are refined, and the plane is cut where the loss is not smooth, until the error estimated on points never used is below `tol` of the range; the picture is then drawn
-    at any `resolution`. What is not finite stays a hole; what happens between all samples, such as a narrow well, is not seen.
+    Samples are points of the picture near to Chebyshev points. They are refined, and the plane is cut where the loss is not smooth, until the error estimated on points never used is below `tol`
+    of the range: at worst when every point of the picture is evaluated. What is not finite stays a hole; what happens between all samples, such as a narrow well, is not seen.
 
     Settings: `statistics`: BatchNorm's "frozen" at those of the plane's origin, "reestimated" at every point (one more forward pass), or "auto": re-estimated through three networks, each of
     which has its own · `examples`: a random sample of the data, or "enough" for a standard error below `tol` of the range · `seed`, `seeds`: the first seed of random axes, and how many planes ·
-    `store`: a file of samples, from which a killed job goes on and a finer one begins · `max_evaluations`: of the loss, for each plane.
+    `store`: a file of samples, from which a killed job goes on and a finer one begins · `max_evaluations`: of the loss, for each plane; the points of the picture, `resolution` squared, are a limit too. Where a limit binds, the status is "budget-limited" and the error stated is that of what was not evaluated.
 
     Results: `surface` · `first_axis`, `second_axis`: the loss along the axes · `quadratic`: the model from two products · `basins`: minima and the passes out of them, against the errors of
     data and picture · `points`: for each network where it lies, its own loss and that of its shadow in the plane, how far it is from the plane, and whether the plane misleads there · `faithful`:
     what to know before believing the picture · with several seeds `directions` (mean and standard error over all axes), `spread` (standard deviation between planes) and `seeds` (the picture itself is the first one's; `seed` chooses).
 
-    Cost: about 100 forward passes for a smooth network, 300 for ReLU with BatchNorm, and as many as the picture has points for a loss that is nowhere smooth.
+    Cost: about 100 evaluations for a smooth network, 300 for ReLU with BatchNorm, and never more than the picture has points. Everything counts as one: points, networks and their shadows, the
+    reference of errors, minima, stored samples that are checked, the choice of axes' length and of the data (in passes of the picture's own data). An evaluation is one forward pass of the
+    data, two with statistics re-estimated; `faithful` has both numbers. Products with the Hessian are counted apart, by the record. Only where the networks given would take two thirds of all
+    evaluations, on a picture of some 3 x 3 points, they come on top.
     """
     _check(points, plane, axes, normalisation, span, resolution, tol, examples, seeds)
     statistics = chosen_policy("surface", statistics, subject.objective, len(points))
-    planes, marks = _planes(subject, points, plane, axes, normalisation, range(seed, seed + int(seeds)))
+    planes, marks, rise = _planes(subject, points, plane, axes, normalisation, range(seed, seed + int(seeds)))
     _check_axes(planes, normalisation)
-    objective = sampled_data(subject.objective, planes[0], examples, span=span, tol=tol, seed=seed)
+    objective, spent = sampled_data(subject.objective, planes[0], examples, span=span, tol=tol, seed=seed)
+    spent += LENGTH_EVALUATIONS if rise is not None else 0
     pictures: list[Picture] = []
     with progress_bar(subject.progress, "surface", unit="point") as report:
         for chosen in planes:
             before = sum(picture.surface.evaluations for picture in pictures)
-            samples = Samples(objective, chosen, statistics, Path(store) if store else None, partial(_tell, report, before, len(planes) - len(pictures) - 1), reference=(0.0, 0.0) if plane is not None else chosen.coordinates(marks[0])[:2])
-            title = "the plane given" if plane is not None else "through three networks" if points else f"random axes, {normalisation}-normalised, seed {seed + len(pictures)}" if axes == "random" else AXES[axes]
+            tell, reference = partial(_tell, report, before, len(planes) - len(pictures) - 1), (0.0, 0.0) if plane is not None else chosen.coordinates(marks[0])[:2]
+            samples = Samples(objective, chosen, statistics, Path(store) if store else None, tell, reference=reference, evaluations=0 if pictures else spent, passes=0 if pictures else spent)
+            title = "the plane given" if plane is not None else "through three networks" if points else f"random axes, {normalisation}-normalised, seed {seed + len(pictures)}" if rise is None else f"{AXES[axes]}, axes of a rise of {rise:.2g}"
             pictures.append(draw(samples, span=span, resolution=resolution, tol=tol, most=max_evaluations, seed=seed, networks=marks, whole=subject.objective, title=title))
     picture, chosen = pictures[0], planes[0]
     results: dict[str, Result] = {"surface": picture.surface, "first_axis": picture.slices[0], "second_axis": picture.slices[1]}
     models, curvature = _models(subject, objective, planes, pictures, own=not points and plane is None and statistics == "frozen", seed=seed)
     results |= models
-    results["points"] = Table(rows=mark_rows(picture, objective, marks), x="s", y="t", label=f"networks in the plane{own_statistics(statistics)}")
+    results["points"] = Table(rows=mark_rows(picture, marks), x="s", y="t", label=f"networks in the plane{own_statistics(statistics)}")
     basins = basin_rows(picture)
     results["basins"] = Table(rows=basins, x="s", y="depth", label="minima in the plane")
     rows = _facts(subject, picture, chosen, basins, "the origin" if plane is not None else marks[0].label)
+    rows += [{"quantity": RISE, "value": rise}] if rise is not None else []
+    results["surface"] = replace(picture.surface, evaluations=picture.samples.evaluations)
     results["faithful"] = Table(rows=rows + curvature, x="quantity", y="value", label="before believing the picture")
     return results
 
@@ -115,7 +126,7 @@ def _facts(subject: Subject, picture: Picture, chosen: Plane, basins: Sequence[d
         {"quantity": "error of the picture, share of its range", "value": picture.sampled.errors[0]},
         *([{"quantity": "error of its logarithms, share of their range", "value": picture.sampled.errors[1]}] if picture.sampled.scale().logarithmic is not None else []),
         {"quantity": "samples that it is drawn from", "value": len(picture.sampled.seen)}, {"quantity": "lowest sample", "value": min(seen, default=math.nan)},
-        {"quantity": "highest sample", "value": max(seen, default=math.nan)}, {"quantity": "error asked for was reached", "value": picture.sampled.converged}, {"quantity": "points of the picture left out", "value": picture.unknown},
+        {"quantity": "highest sample", "value": max(seen, default=math.nan)}, {"quantity": "error asked for was reached", "value": picture.sampled.converged}, {"quantity": "points of the picture left out", "value": picture.sampled.unknown},
         {"quantity": "cosine between the axes", "value": chosen.cosine}, {"quantity": "share of the first axis in biases and norms", "value": _flat_share(subject, chosen)},
     ]  # fmt: skip
     lengths = [float(x.double().norm()) for x in (chosen.origin.theta if isinstance(chosen.origin, Point) else chosen.origin, chosen.u, chosen.v)]
@@ -125,7 +136,7 @@ def _facts(subject: Subject, picture: Picture, chosen: Plane, basins: Sequence[d
             {"quantity": f"largest standard error of the data, of differences to {reference}", "value": float(picture.surface.error.nan_to_num(nan=0.0, posinf=math.inf).max())},
             {"quantity": f"standard error of the data, of the loss at {reference}", "value": picture.samples.level_error()},
         ]
-    return rows
+    return [*rows, {"quantity": "evaluations of the loss", "value": picture.samples.evaluations}, {"quantity": "forward passes of the data for them", "value": picture.samples.passes}]
 
 
 def _tell(report: Report, before: int, to_come: int, done: int, expected: int) -> None:
@@ -162,25 +173,29 @@ def _models(subject: Subject, objective: Objective, planes: Sequence[Plane], pic
     return results, facts
 
 
-def _planes(subject: Subject, points: tuple[Point, ...], plane: Any, axes: Axes, normalisation: Normalisation, seeds: Sequence[int]) -> tuple[list[Plane], list[Point]]:
+def _planes(subject: Subject, points: tuple[Point, ...], plane: Any, axes: Axes, normalisation: Normalisation, seeds: Sequence[int]) -> tuple[list[Plane], list[Point], float | None]:
+    """The planes, the networks to be marked in them, and by how much the quadratic model rises over axes that are as long as curvature says."""
     objective = subject.objective
     own = objective.point()
     if plane is not None:
-        return [Plane(objective.point(plane.origin), plane.u.to(own.theta), plane.v.to(own.theta))], [own]
+        return [Plane(objective.point(plane.origin), plane.u.to(own.theta), plane.v.to(own.theta))], [own], None
     if points:
-        return [plane_through(points)], list(points)
+        return [plane_through(points)], list(points), None
     if axes == "random":
-        return [Plane(own, random_direction(objective, seed, normalisation), random_direction(objective, seed + 1_000_003, normalisation)) for seed in seeds], [own]
+        return [Plane(own, random_direction(objective, seed, normalisation), random_direction(objective, seed + 1_000_003, normalisation)) for seed in seeds], [own], None
     if objective.size < 2:
         raise ValueError(f"surface(axes={axes!r}) needs two directions, and there is one parameter. Use a barrier, or random axes.")
-    vectors = subject.spectrum().top.vectors
-    assert vectors is not None  # they go only when a record is stored
-    if axes == "eigenvectors":
-        return [Plane(own, vectors[:, 0].to(own.theta), vectors[:, 1].to(own.theta))], [own]
-    g = subject.gradient()
-    if not bool(g.any()):
+    g = subject.gradient() if axes == "gradient" else own.theta
+    if axes == "gradient" and not bool(g.any()):
         raise ValueError('surface(axes="gradient"): the gradient is exactly zero here and is no direction. Use axes="eigenvectors".')
-    return [Plane(own, (g / g.norm()).to(own.theta), vectors[:, 0].to(own.theta))], [own]
+    top = subject.spectrum().top
+    assert top.vectors is not None  # they go only when a record is stored
+    length = curvature_length(objective, float(top.values[0]))
+    rise = length**2 * float(top.values[0]) / 2
+    first, second = length * top.vectors[:, 0].to(own.theta), length * top.vectors[:, 1].to(own.theta)
+    if axes == "eigenvectors":
+        return [Plane(own, first, second)], [own], rise
+    return [Plane(own, (length * g / g.norm()).to(own.theta), first)], [own], rise
 
 
 def _check_axes(planes: Sequence[Plane], normalisation: Normalisation) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +48,17 @@ def trajectory(
     check_resolution("trajectory", resolution)
     plane, variances = principal_plane(points)
     statistics = chosen_policy("trajectory", statistics, subject.objective, len(points))
-    objective = sampled_data(subject.objective, plane, examples, span=1.0, tol=tol, seed=seed)
+    objective, spent = sampled_data(subject.objective, plane, examples, span=1.0, tol=tol, seed=seed)
     with progress_bar(subject.progress, "trajectory", unit="point") as report:
-        samples = Samples(objective, plane, statistics, Path(store) if store else None, lambda done, expected: report(done, expected, ""), reference=plane.coordinates(points[-1])[:2])
+        samples = Samples(objective, plane, statistics, Path(store) if store else None, lambda done, expected: report(done, expected, ""), reference=plane.coordinates(points[-1])[:2], evaluations=spent, passes=spent)
         picture = draw(samples, span=1.0, resolution=resolution, tol=tol, most=max_evaluations, seed=seed, networks=points, whole=subject.objective, title="principal components")
-        rows = [{"step": step} | row for step, row in enumerate(mark_rows(picture, objective, points))]
+        rows = [{"step": step} | row for step, row in enumerate(mark_rows(picture, points))]
     faithful: list[dict[str, Any]] = [
         {"quantity": "explained variance", "value": sum(variances)}, {"quantity": "first component", "value": variances[0]}, {"quantity": "second component", "value": variances[1]},
         {"quantity": "error of the picture, share of its range", "value": picture.sampled.errors[0]}, {"quantity": "error asked for was reached", "value": picture.sampled.converged},
+        {"quantity": "evaluations of the loss", "value": samples.evaluations}, {"quantity": "forward passes of the data for them", "value": samples.passes},
     ]  # fmt: skip
     return {
-        "surface": picture.surface, "path": Table(rows=rows, x="step", y="loss", label=f"the way through the plane{own_statistics(statistics)}"),
+        "surface": replace(picture.surface, evaluations=samples.evaluations), "path": Table(rows=rows, x="step", y="loss", label=f"the way through the plane{own_statistics(statistics)}"),
         "faithful": Table(rows=faithful, x="quantity", y="value", label="before believing the picture"),
     }  # fmt: skip

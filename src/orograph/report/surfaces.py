@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+import torch
 
-from ..results import WIDE, Surface
+from ..results import Surface, lowest_shown
 from .figures import array
 from .theme import GRID, NEUTRAL, Drawing, Floats, Series, layout, named, plain, sentence
 
@@ -24,24 +25,25 @@ def draw_surfaces(series: Sequence[Series]) -> list[Drawing]:
 
 
 def _drawn(series: Sequence[Series], *, several: bool) -> list[Drawing]:
-    values = np.concatenate([array(s.result.z).ravel() for s in series])
-    finite = values[np.isfinite(values)]
-    log = series[0].result.wide if len(series) == 1 else bool(finite.size and finite.min() > 0 and finite.max() > WIDE * finite.min())
-    height = np.log10(finite) if log else finite
+    values = torch.cat([s.result.z.detach().cpu().double().flatten() for s in series])
+    floor = series[0].result.floor if len(series) == 1 else lowest_shown(values)
+    finite = array(values[values.isfinite()])
+    height = finite if floor is None else np.log10(np.maximum(finite, floor))
     limits = (float(height.min()), float(height.max())) if height.size else (0.0, 1.0)
     limits = limits if limits[0] < limits[1] else (limits[0] - 0.5, limits[1] + 0.5)
     drawings = []
     for s in series:
         name = f"{plain(s.name)}: " if several else ""
-        drawings.append(_contours(s, limits, log, sentence(f"{name}contours")))
+        drawings.append(_contours(s, limits, floor, sentence(f"{name}contours")))
         if min(s.result.z.shape) >= 3:
-            drawings.append(_relief(s, limits, log, sentence(f"{name}relief")))
+            drawings.append(_relief(s, limits, floor, sentence(f"{name}relief")))
     return drawings
 
 
-def _heights(surface: Surface, log: bool) -> Floats:
-    z = array(surface.z).T  # (y, x): Plotly's rows run along y
-    return np.log10(np.where(z > 0, z, np.nan)) if log else z
+def _heights(surface: Surface, floor: float | None) -> Floats:
+    """(y, x): Plotly's rows run along y. What a logarithmic scale does not reach is drawn like its lowest value; holes stay holes."""
+    z = array(surface.z).T
+    return z if floor is None else np.log10(np.maximum(np.where(np.isfinite(z), z, np.nan), floor))
 
 
 def _bar(surface: Surface, limits: tuple[float, float], log: bool) -> dict[str, Any]:
@@ -58,14 +60,14 @@ def _round_step(step: float) -> float:
     return next(decade * m for m in (1, 2, 2.5, 5, 10) if decade * m >= step * 0.999)
 
 
-def _contours(s: Series, limits: tuple[float, float], log: bool, title: str) -> Drawing:
+def _contours(s: Series, limits: tuple[float, float], floor: float | None, title: str) -> Drawing:
     surface: Surface = s.result
     figure = go.Figure(layout=layout(420))
     step = _round_step(max(limits[1] - limits[0], 1e-12) / 15)
     figure.add_contour(
-        x=array(surface.x), y=array(surface.y), z=_heights(surface, log), zmin=limits[0], zmax=limits[1], colorscale="Viridis",
+        x=array(surface.x), y=array(surface.y), z=_heights(surface, floor), zmin=limits[0], zmax=limits[1], colorscale="Viridis",
         contours={"start": math.ceil(limits[0] / step) * step, "end": limits[1], "size": step}, line={"width": 0.6, "color": "rgba(255,255,255,0.55)"},
-        colorbar=_bar(surface, limits, log), customdata=array(surface.z).T, connectgaps=False,
+        colorbar=_bar(surface, limits, floor is not None), customdata=array(surface.z).T, connectgaps=False,
         hovertemplate="(%{x:.3g}, %{y:.3g}): %{customdata:.4g}<extra></extra>",
     )
     points = [row for row in s.marks if all(isinstance(row.get(axis), (int, float)) for axis in ("s", "t"))]
@@ -81,8 +83,15 @@ def _contours(s: Series, limits: tuple[float, float], log: bool, title: str) -> 
         )
     figure.update_xaxes(title_text=plain(surface.xlabel), showgrid=False, zeroline=False)
     figure.update_yaxes(title_text=plain(surface.ylabel), showgrid=False, zeroline=False)
-    notes = [f"{surface.evaluations:,} evaluations of the loss." if surface.evaluations else "", "Logarithmic colours." if log else "", f"{sentence(surface.note)}." if surface.note else ""]
+    notes = [f"{surface.evaluations:,} evaluations of the loss." if surface.evaluations else "", _logarithmic(surface, floor), f"{sentence(surface.note)}." if surface.note else ""]
     return Drawing(figure, " ".join(filter(None, notes)), title=title, size=420)
+
+
+def _logarithmic(surface: Surface, floor: float | None) -> str:
+    if floor is None:
+        return ""
+    low = float(surface.z[surface.z.isfinite()].min()) if bool(surface.z.isfinite().any()) else floor
+    return f"Logarithmic colours; values below {floor:.2g} are drawn like it." if low < floor else "Logarithmic colours."
 
 
 def _side(s: float, surface: Surface) -> str:
@@ -92,16 +101,16 @@ def _side(s: float, surface: Surface) -> str:
     return "top left" if share > 0.8 else "top right" if share < 0.2 else "top center"
 
 
-def _relief(s: Series, limits: tuple[float, float], log: bool, title: str) -> Drawing:
+def _relief(s: Series, limits: tuple[float, float], floor: float | None, title: str) -> Drawing:
     surface: Surface = s.result
     figure = go.Figure(layout=layout(420))
     figure.add_surface(
-        x=array(surface.x), y=array(surface.y), z=_heights(surface, log), cmin=limits[0], cmax=limits[1], colorscale="Viridis", showscale=False,
+        x=array(surface.x), y=array(surface.y), z=_heights(surface, floor), cmin=limits[0], cmax=limits[1], colorscale="Viridis", showscale=False,
         customdata=array(surface.z).T, hovertemplate="(%{x:.3g}, %{y:.3g}): %{customdata:.4g}<extra></extra>",
         lighting={"ambient": 0.7, "diffuse": 0.6, "specular": 0.1},
     )
     axis: dict[str, Any] = {"color": NEUTRAL, "gridcolor": GRID, "showbackground": False, "zerolinecolor": GRID, "nticks": 5}
-    bar = _bar(surface, limits, log)
+    bar = _bar(surface, limits, floor is not None)
     vertical: dict[str, Any] = {**axis, "title": {"text": bar["title"]["text"]}, **{key: bar[key] for key in ("tickvals", "ticktext") if key in bar}}
     figure.update_layout(
         scene={
