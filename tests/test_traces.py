@@ -165,6 +165,47 @@ def test_auto_needs_no_more_products_than_the_best_method_by_name(values):
     assert spent["auto"] <= 1.5 * min(spent[method] for method in METHODS)  # flat spectra: a few products go to finding out that they are
 
 
+FLAT = {
+    "zero": torch.zeros(950, dtype=F64),
+    "equal": torch.ones(950, dtype=F64) / 10,
+    "both signs": torch.linspace(-1, 1, 950, dtype=F64),
+    "one sign": torch.linspace(0, 1, 950, dtype=F64),
+}
+
+
+@pytest.mark.parametrize("bulk", FLAT)
+@pytest.mark.parametrize("large", [10.0, 100.0])
+def test_many_equal_eigenvalues_take_no_more_products_than_xtrace(bulk, large):
+    values = torch.cat([torch.full((50,), large, dtype=F64), FLAT[bulk]])
+    op = operator(values, memory="1GiB")
+    spent = {}
+    for method in ("auto", "xtrace", "hutchinson"):
+        found = trace(op, method=method, rel_error=0.01, max_products=900, seed=1)
+        assert found.status == "converged" or method == "hutchinson"
+        assert abs(float(found.value) - float(values.sum())) < 4 * float(found.sem)
+        spent[method] = found.products
+    assert spent["auto"] <= spent["xtrace"] < spent["hutchinson"]
+
+
+@pytest.mark.parametrize("multiplicity", [1, 2, 3, 5, 10, 25])
+def test_equal_eigenvalues_of_any_multiplicity_cost_little_more_than_the_best_method(multiplicity):
+    large = torch.linspace(50, 5, 50 // multiplicity, dtype=F64).repeat_interleave(multiplicity)
+    bulk = 0.1 * torch.randn(500 - len(large), generator=torch.Generator().manual_seed(1), dtype=F64)
+    op = operator(torch.cat([large, bulk]), memory="1GiB")
+    methods = ("auto", "xtrace", "hutch++", "hutchinson")
+    spent = {m: trace(op, method=m, rel_error=0.01, max_products=480, seed=1).products for m in methods}
+    assert spent["auto"] <= 1.2 * min(spent.values())
+
+
+@pytest.mark.parametrize("room", [20, 60, 100, 150, 300])
+def test_a_block_sketch_stays_within_memory_and_stays_right(room):
+    values = torch.cat([torch.full((30,), 10.0, dtype=F64), torch.linspace(-1, 1, 370, dtype=F64)])
+    op = operator(values, memory=(room + 80) * 400 * 8)
+    for seed in range(3):
+        estimate = trace(op, rel_error=0.02, max_products=380, seed=seed)
+        assert abs(float(estimate.value) - float(values.sum())) < 4 * float(estimate.sem)
+
+
 @pytest.mark.parametrize("budget", [30, 60, 150])
 def test_auto_is_as_sharp_as_xtrace_on_a_small_budget(budget):
     op = operator(torch.cat([torch.linspace(50, 3, 10), 0.05 * torch.randn(490, generator=torch.Generator().manual_seed(1))]).double())

@@ -57,6 +57,29 @@ def spread(forms: Tensor, tangents: Tensor, dependence: float, noise: float) -> 
     return Moments(value, sem, dof, skewness * math.sqrt(dependence / count), noise)
 
 
+def combine(first: Moments, second: Moments) -> Moments:
+    r"""The mean of two uncorrelated estimates of one number, weighted by their inverse variances.
+
+    dof by Welch and Satterthwaite; the third cumulants add up. Rounding is common to both, and stays.
+    """
+    ours, theirs = (m.sem**2 - m.noise**2 for m in (first, second))
+    if not ours > 0 or not theirs > 0:  # rounding alone is left of one of them
+        return first if first.sem <= second.sem else second
+    share = theirs / (ours + theirs)  # the first one's weight
+    variance = ours * share
+    parts = ((share, ours, first), (1 - share, theirs, second))
+    cumulant = sum((weight * math.sqrt(part)) ** 3 * m.skew for weight, part, m in parts)
+    freedom = sum((weight**2 * part) ** 2 / m.dof for weight, part, m in parts)
+    noise = max(first.noise, second.noise)
+    return Moments(
+        value=share * first.value + (1 - share) * second.value,
+        sem=math.sqrt(variance + noise**2),
+        dof=variance**2 / freedom if freedom > 0 else math.inf,
+        skew=cumulant / variance**1.5,
+        noise=noise,
+    )
+
+
 @dataclass(frozen=True)
 class SketchAlgebra:
     """XTrace in coordinates: samples G (n, k), A G = Q R, E = (I - QQ')AQ; all float64, O(k^2) numbers."""

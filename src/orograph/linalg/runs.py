@@ -174,7 +174,8 @@ class Runs:
         """From a checkpoint's state."""
         runs = cls(op, capacity, spare=spare)
         if "pilot_vectors" in state:
-            runs.pilots = state["pilot_vectors"].to(op.device), state["pilot_images"].to(op.device)
+            V, D = (state[name].to(op.device) for name in ("pilot_vectors", "pilot_images"))
+            runs.pilots = V.T.contiguous().T, D.T.contiguous().T  # the layout decides the last bit
         runs.buffer[: len(state["rows"])] = state["rows"].to(op.device)
         runs.following = list(state["following"].to(op.device)) if "following" in state else []
         start = 0

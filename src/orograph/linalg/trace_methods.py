@@ -54,7 +54,7 @@ def moments(op: LinearOperator, method: str, state: State, seed: int) -> Moments
         return Moments(float(state["total"]), blur, math.inf, 0.0, blur)
     epsilon = max(ROUNDINGS * torch.finfo(op.dtype).eps, excess_noise(op))
     if method == "xtrace":
-        values, tangents, dependence, scale = _xtrace_forms(op, state, seed)
+        values, tangents, dependence, scale = xtrace_forms(op, state, seed)
         return spread(values, tangents, dependence, epsilon * scale)
     rank = state["Q"].shape[1] if "Q" in state else 0
     dimension = op.size - rank
@@ -144,11 +144,16 @@ def _grow_xtrace(op: LinearOperator, state: State, budget: int, seed: int) -> St
     count = min(BATCH, budget // 2 - int(state["drawn"]))
     if count < 1:
         return None
-    fresh, factor = _extend(op, state["Q"], op @ op.space.samples(seed, _next(state, count), "sphere"))
+    return extend_sketch(op, state, op @ op.space.samples(seed, _next(state, count), "sphere"))
+
+
+def extend_sketch(op: LinearOperator, state: State, images: Tensor) -> State:
+    """XTrace's sketch with the images A g (n, k) of the next k samples: one product per new basis vector."""
+    fresh, factor = _extend(op, state["Q"], images)
     rank, old = state["R"].shape
-    R = torch.zeros(rank + fresh.shape[1], old + count, dtype=torch.float64)
+    R = torch.zeros(rank + fresh.shape[1], old + images.shape[1], dtype=torch.float64)
     R[:rank, :old], R[:, old:] = state["R"], factor
-    grown = {**state, "drawn": state["drawn"] + count, "R": R}
+    grown = {**state, "drawn": state["drawn"] + images.shape[1], "R": R}
     if fresh.shape[1]:
         grown["Q"] = torch.cat([state["Q"], fresh], dim=1)
         grown["AQ"] = torch.cat([state["AQ"], op @ fresh], dim=1)
@@ -191,8 +196,13 @@ def _extend(op: LinearOperator, Q: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
     return basis[:, Q.shape[1] :], factor[: basis.shape[1]]
 
 
-def _xtrace_forms(op: LinearOperator, state: State, seed: int) -> tuple[Tensor, Tensor, float, float]:
-    """Leave-one-out estimates, tangential parts, dependence, and the size that rounding is relative to."""
+def xtrace_forms(
+    op: LinearOperator, state: State, seed: int, first: int = 0
+) -> tuple[Tensor, Tensor, float, float]:
+    """Leave-one-out estimates, tangential parts, dependence, and the size that rounding is relative to.
+
+    `first`: index of the first sample in the stream `seed`.
+    """
     Q, R, count = state["Q"], state["R"], int(state["drawn"])
     if not Q.shape[1]:
         return torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64), 1.0, 0.0
@@ -200,7 +210,8 @@ def _xtrace_forms(op: LinearOperator, state: State, seed: int) -> tuple[Tensor, 
     E = _deflate(op, Q, state["AQ"])
     within, outside = [], []
     for start in range(0, count, BATCH):
-        V = op.space.samples(seed, range(start, min(start + BATCH, count)), "sphere")
+        indices = range(first + start, first + min(start + BATCH, count))
+        V = op.space.samples(seed, indices, "sphere")
         within.append(op.space.inner(Q, V).cpu())
         outside.append(op.space.inner(E, V).cpu())
     H, W = ((H + H.T) / 2).cpu(), torch.cat(within, dim=1)

@@ -39,7 +39,8 @@ def trace(
 
     `auto`: the trace on a Krylov subspace Q exactly, as $\operatorname{tr} Q^\top A Q$, and quadratic forms $x^\top A x$ for the rest, in
     which every part (micro-batch) of the operator gets a vector x of its own; Q grows while another vector in it takes more off the
-    variance than another form would, and while `op.memory` holds it. By name: `hutchinson` averages $v^\top A v$ and keeps one vector
+    variance than another form would, and while `op.memory` holds it. One Krylov subspace sees a single vector of equal eigenvalues:
+    where much is left outside of Q, a block of starts goes on there (XTrace in the complement of Q). By name: `hutchinson` averages $v^\top A v$ and keeps one vector
     at a time; `hutch++` first takes out the range of a sketch (2/3 of the products; Meyer et al. 2021, arXiv:2010.09649), as large as
     memory allows; `xtrace` uses every sample for both (Epperly, Tropp, Webber 2024, arXiv:2301.07825) and keeps 3/2 vectors per
     product. Samples are spheres: the error then does not depend on the basis.
@@ -64,9 +65,9 @@ def trace(
                 state = grown
                 keep(state)
                 report(int(state["products"]), max(expected, int(state["products"])), kind)
-            now = krylov.moments(state) if krylov is not None and kind == "krylov" else moments(op, kind, state, seed)
+            now, forms = krylov.moments(state) if krylov is not None and kind == "krylov" else (moments(op, kind, state, seed), 0.0)
             spent = int(state["products"])
-            status, need = judge(now, kind, rel_error, spent, len(state["forms"]) if kind == "krylov" else 0)
+            status, need = judge(now, kind, rel_error, spent, forms)
             if status != "budget-limited" or budget >= max_products:
                 break
             expected = math.ceil(min(need, max_products))
@@ -157,8 +158,11 @@ def half_width(now: Moments) -> float:
     return float(upper - lower) / 2
 
 
-def judge(now: Moments, kind: str, rel_error: float | None, spent: int, forms: int) -> tuple[Status, float]:
-    """How the estimate stands, and how many products the error asked for may take in all."""
+def judge(now: Moments, kind: str, rel_error: float | None, spent: int, forms: float) -> tuple[Status, float]:
+    """How the estimate stands, and how many products the error asked for may take in all.
+
+    `forms`: how many quadratic forms of what the runs leave would say as much as the estimate does.
+    """
     if kind == "exact" or rel_error is None:
         return "converged", spent
     half, target = half_width(now), rel_error * abs(now.value)
