@@ -28,7 +28,7 @@ class TestLargestEigenvalues:
     def test_outliers_that_are_all_negative_do_not_hide_a_positive_one(self):
         values = torch.cat([-100 - torch.arange(20, **DOUBLE), 0.5 * torch.rand(280, generator=torch.Generator().manual_seed(1), **DOUBLE)])
         objective = quadratic(rotated(values), torch.ones(300, **DOUBLE) / 20)
-        optimiser = torch.optim.SGD(objective.recipe.model.parameters(), lr=0.1)
+        optimiser = torch.optim.SGD(objective.snapshot.users.model.parameters(), lr=0.1)
         assert og.measure(objective, "stability", optimizer=optimiser)["edge_ratio"].value == pytest.approx(0.05 * float(values.max()), rel=1e-2)
         (row,) = og.measure(objective, "layers")["layers"].rows
         assert row["top_eigenvalue"] == pytest.approx(float(values.max()), rel=0.1)
@@ -37,7 +37,7 @@ class TestLargestEigenvalues:
         h = torch.full((200,), 0.01, **DOUBLE)
         h[0], h[1] = 100.0, 0.1
         objective = quadratic(torch.diag(h), torch.ones(200, **DOUBLE))
-        model = objective.recipe.model
+        model = objective.snapshot.users.model
         optimiser = torch.optim.RMSprop(model.parameters(), lr=1e-3, eps=1e-12)
         (model.g @ model.w).backward()
         optimiser.step()

@@ -104,8 +104,8 @@ def test_sharpness_within_micro_batches_is_not_below_that_of_their_union(network
 def test_small_batches_of_the_users_are_joined_to_micro_batches(network):
     x, y = network[0].terms().batches.kept[0]
     pairs = [(x[i : i + 7], y[i : i + 7]) for i in range(0, 60, 7)]
-    objective = og.Objective(network[0].recipe.model, nn.CrossEntropyLoss(), pairs)
-    whole = og.Objective(network[0].recipe.model, nn.CrossEntropyLoss(), (x[:63], y[:63]))
+    objective = og.Objective(network[0].snapshot.users.model, nn.CrossEntropyLoss(), pairs)
+    whole = og.Objective(network[0].snapshot.users.model, nn.CrossEntropyLoss(), (x[:63], y[:63]))
     few, one = (rows_of(og.measure(o, "sharpness", definitions=["sam"], micro_batch=100)) for o in (objective, whole))
     name = "SAM, one step, micro-batches of 100"
     assert few[name]["value"] == pytest.approx(one[name]["value"], rel=1e-9) == one["SAM, one step"]["value"]
@@ -171,7 +171,7 @@ def test_the_gradients_own_spectrum_has_its_moments():
 
 def test_a_preconditioner_of_a_live_optimiser_is_used(network):
     objective, H, _ = network
-    model = objective.recipe.model
+    model = objective.snapshot.users.model
     optimiser = torch.optim.RMSprop(model.parameters(), lr=0.0001, eps=1e-3)
     for _ in range(3):
         optimiser.zero_grad()

@@ -199,12 +199,14 @@ def test_loss_or_model_that_holds_live_weights_is_refused():
     assert fine.at(fine.theta * 2).value() > fine.value()
 
 
-def test_a_model_whose_modules_changed_is_refused():
+def test_the_present_weights_of_a_model_whose_modules_changed_are_refused():
     model = small_mlp()
     objective = Objective(model, nn.CrossEntropyLoss(), (X, Y))
+    value = objective.value()
     model[2] = nn.Linear(6, 3).double()
+    assert objective.value() == value
     with pytest.raises(OrographError, match="modules have changed"):
-        objective.value()
+        objective.now()
 
 
 def test_a_forward_that_writes_weights_is_refused():

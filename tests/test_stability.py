@@ -33,7 +33,7 @@ def test_the_edge_ratio_of_an_optimiser_tells_contraction_from_divergence(times,
     A, g = positive(2)
     rate = times * 2 * (1 + momentum) / float(torch.linalg.eigvalsh(A)[-1])
     objective = quadratic(A, g)
-    model = objective.recipe.model
+    model = objective.snapshot.users.model
     optimiser = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
     record = og.measure(objective, "stability", optimizer=optimiser)
     assert record["edge_ratio"].value == pytest.approx(times, rel=1e-3) and record.settings["optimizer"] == "<SGD>"
@@ -69,6 +69,6 @@ def test_stability_refuses_two_sources_of_a_rate():
     A, g = positive()
     objective = quadratic(A, g)
     with pytest.raises(ValueError, match="give one of them"):
-        og.measure(objective, "stability", learning_rate=0.1, optimizer=torch.optim.SGD(objective.recipe.model.parameters(), lr=0.1))
+        og.measure(objective, "stability", learning_rate=0.1, optimizer=torch.optim.SGD(objective.snapshot.users.model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="needs a positive number"):
         og.measure(objective, "stability", learning_rate=-1.0)

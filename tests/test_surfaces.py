@@ -645,7 +645,7 @@ class TestStore:
         assert first.evaluations > 0 and second.evaluations == 3 and torch.equal(first.z, second.z)
         lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
         assert len(lines) == first.evaluations + finer.evaluations - 3  # three are evaluated again, to know that they are of this loss
-        smoothed = og.Objective(objective.recipe.model, nn.CrossEntropyLoss(label_smoothing=0.2), loss_cases()["cross-entropy"].data)
+        smoothed = og.Objective(objective.snapshot.users.model, nn.CrossEntropyLoss(label_smoothing=0.2), loss_cases()["cross-entropy"].data)
         assert smoothed.fingerprints() == objective.fingerprints()
         assert og.measure(smoothed, "surface", tol=0.05, store=store)["surface"].evaluations > 0  # another loss of the same network on the same data
         other = og.measure(objective.at(objective.theta + 1), "surface", tol=0.05, store=store)["surface"]

@@ -69,7 +69,7 @@ def errors(name):
 
     def loss(flat):
         parts = {key: flat[objective.layout[key]].view(shape) for key, shape in zip(objective.names, objective.layout.shapes, strict=True)}
-        call = lambda *args, **kwargs: functional_call(model, parts, args, kwargs)
+        call = lambda *args, **kwargs: functional_call(objective.recipe.model, parts, args, kwargs)
         if text:
             output, target = next_token(call, TOKENS)
             return CE(output, target)

@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from .errors import NotDeterministic
 from .nesting import Batch, count_examples, count_numbers, map_tensors, take_rows, tensors_in
-from .state import rng_kept
+from .surroundings import rng_kept
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]  # one 64-bit number per example
 CACHE_BYTES = 256 * 2**20  # a loader's batches are kept in memory up to here; beyond, they are read anew in every pass

@@ -163,8 +163,8 @@ def _setting(snapshot: Snapshot, recipe: Recipe, batch: Batch) -> _Setting:
 
 def _candidates(snapshot: Snapshot, recipe: Recipe, batch: Batch) -> Iterator[tuple[Snapshot, Recipe, Batch]]:
     assert recipe.criterion is not None
-    precise = snapshot.in_double()
     how = replace(recipe, criterion=recipe.criterion.in_double(recipe.model))
+    precise = snapshot.in_double(how.calls)
     yield _moved(precise, MOVED, 0), how, as_double(batch)
     yield precise, how, as_double(batch)
     yield snapshot, recipe, batch

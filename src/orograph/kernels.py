@@ -8,36 +8,52 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.backends import cuda
 from torch.nn.modules.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
+from .restoring import Step, Undo, attribute_set, forward_set, value_set
 
-@contextmanager
-def plain_kernels(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Attention by plain operations, compiled modules run eagerly, checkpoints that differentiate, BatchNorm as what it is in eval mode."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    reentrant = torch.utils.checkpoint.CheckpointFunction
-    with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused attention has no second derivative
-        if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if device.type == "cuda":
-            stack.enter_context(_full_precision())
-        stack.enter_context(_forwards_replaced(model, device))
-        torch.backends.mha.set_fastpath_enabled(False)  # the encoder's fast path pads with zeros: another function
-        torch.utils.checkpoint.CheckpointFunction = _NoCheckpoint  # type: ignore[assignment,misc]
-        try:
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
-            torch.utils.checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]
+
+def plain_kernels(device: torch.device) -> Step:
+    """Attention by plain operations, compiled modules run eagerly, checkpoints that differentiate, no TF32."""
+    return lambda undo: _set_plain_kernels(device, undo)
+
+
+def _set_plain_kernels(device: torch.device, undo: list[Undo]) -> None:
+    for name in ("flash", "mem_efficient", "cudnn", "math"):  # fused attention has no second derivative
+        if hasattr(cuda, f"{name}_sdp_enabled"):
+            value_set(getattr(cuda, f"{name}_sdp_enabled"), getattr(cuda, f"enable_{name}_sdp"), name == "math")(undo)
+    if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
+        compiler = torch._dynamo.eval_frame
+        undo.append(functools.partial(compiler._set_stance, compiler._stance))
+        compiler._set_stance(compiler.DynamoStance("force_eager"))
+    if device.type == "cuda":
+        attribute_set(torch.backends.cudnn, "allow_tf32", False)(undo)
+        attribute_set(cuda.matmul, "allow_tf32", False)(undo)
+    mha = torch.backends.mha  # the encoder's fast path pads with zeros: another function
+    value_set(mha.get_fastpath_enabled, mha.set_fastpath_enabled, False)(undo)
+    attribute_set(torch.utils.checkpoint, "CheckpointFunction", _NoCheckpoint)(undo)
+
+
+def plain_forwards(model: nn.Module, device: torch.device) -> Step:
+    """BatchNorm as what it is in eval mode, and no cuDNN recurrences: forwards that are cheaper, or possible, to differentiate twice."""
+
+    def step(undo: list[Undo]) -> None:
+        for module in model.modules():
+            if "forward" in module.__dict__:  # someone else's
+                continue
+            if type(module) in (BatchNorm1d, BatchNorm2d, BatchNorm3d):
+                forward_set(module, functools.partial(_batch_norm, module, module.forward), undo)
+            elif isinstance(module, nn.RNNBase) and device.type == "cuda":
+                forward_set(module, functools.partial(_without_cudnn, module.forward), undo)
+
+    return step
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -57,39 +73,6 @@ class _NoCheckpoint:
     @staticmethod
     def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
         return function(*args)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """No TF32, which cuDNN's convolutions use by default."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
-@contextmanager
-def _forwards_replaced(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Single modules get a forward that is cheaper or possible to differentiate twice."""
-    replaced = []
-    for module in model.modules():
-        forward: Callable[..., Any] | None = None
-        if "forward" in module.__dict__:  # someone else's
-            continue
-        if type(module) in (BatchNorm1d, BatchNorm2d, BatchNorm3d):
-            forward = functools.partial(_batch_norm, module, module.forward)
-        elif isinstance(module, nn.RNNBase) and device.type == "cuda":
-            forward = functools.partial(_without_cudnn, module.forward)
-        if forward is not None:
-            module.__dict__["forward"] = forward
-            replaced.append(module)
-    try:
-        yield
-    finally:
-        for module in replaced:
-            module.__dict__.pop("forward", None)
 
 
 def _batch_norm(module: Any, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

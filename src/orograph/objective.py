@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .batches import is_pair
+from .copies import isolated
 from .criteria import as_criterion
 from .errors import NotDeterministic
 from .evaluation import Metric, PerExample, all_metrics, check_metrics, per_example, total_loss, value_and_gradient
@@ -19,11 +19,12 @@ from .kernels import unwrapped
 from .layout import Layout
 from .linalg.operator import Space
 from .points import copied, differs_outside, read_point, snapshot_point
-from .reading import read_terms
+from .reading import prove_terms, read_data
+from .restoring import restoring
 from .results import Point
 from .snapshots import Snapshot, check_model, take_snapshot
 from .state import Mode
-from .terms import BatchLoss, Count, Forward, Recipe, Terms
+from .terms import BatchLoss, Count, Forward, Recipe, Terms, writes_inputs
 
 Source = Any  # Point, Objective, module, state dict, weights file, flat tensor
 
@@ -98,9 +99,10 @@ class Objective:
 
     def _fill(self, snapshot: Snapshot, recipe: Recipe, data: Any, metrics: Mapping[str, Metric], batch_size: int | None) -> Objective:
         check_metrics(metrics, recipe.criterion)
-        self._terms, volatile = read_terms(snapshot, recipe, data, batch_size)
-        self._snapshot = replace(snapshot, volatile=volatile)
-        self._metrics, self._batch_size = metrics, batch_size
+        batches = read_data(snapshot, recipe, data, batch_size)
+        snapshot, recipe, self._metrics = isolated(snapshot, recipe, metrics, *next(iter(batches)))
+        self._terms, volatile = prove_terms(snapshot, recipe, batches)
+        self._snapshot, self._batch_size = replace(snapshot, volatile=volatile), batch_size
         return self
 
     # -- what it is ----------------------------------------------------------------------------------------------------------
@@ -168,6 +170,11 @@ class Objective:
         return "a batch_loss shows no single examples" if self.recipe.batch_loss is not None else self.recipe.indivisible
 
     @property
+    def isolation(self) -> str:
+        """How the user's model is kept out of it: "a private copy of the model", or why the model itself is run and put back."""
+        return self._snapshot.isolation
+
+    @property
     def snapshot(self) -> Snapshot:
         """The setting and the model that it is put into."""
         return self._snapshot
@@ -191,7 +198,7 @@ class Objective:
 
     # -- evaluation ----------------------------------------------------------------------------------------------------------
 
-    def applied(self) -> AbstractContextManager[None]:
+    def applied(self) -> restoring:
         """The model holds this snapshot's tensors, in the right mode; for forward *and* backward. Everything goes back at the end."""
         return self._snapshot.applied()
 
@@ -241,7 +248,7 @@ class Objective:
             return replace(copied(own, own), label=label or self.label)
         if isinstance(source, Objective):
             source = source.point()
-        return read_point(source, own, self._snapshot.slots, self.layout, label)
+        return read_point(source, own, self._snapshot.users.slots, self.layout, label)
 
     def network(self, source: Source, *, label: str | None = None) -> Point:
         """As `point`, for comparing whole networks: refuses what is not one, or differs outside `params`."""
@@ -266,12 +273,16 @@ class Objective:
     def now(self) -> Objective:
         """The same loss at the model's present weights."""
         s = self._snapshot
-        return self.at(snapshot_point(s.slots, s.layout, device=self.device, dtype=s.dtype, label=self.label))
+        s.users.check_modules()
+        return self.at(snapshot_point(s.users.slots, s.layout, device=self.device, dtype=s.dtype, label=self.label))
 
     def on(self, data: Any) -> Objective:
         """The same loss at the same point on other data, read and proven anew."""
         batch_size = self._batch_size if is_pair(data) or isinstance(data, Dataset) else None
-        terms, volatile = read_terms(self._snapshot, self.recipe, data, batch_size)
+        batches = read_data(self._snapshot, self.recipe, data, batch_size)
+        with self.applied():
+            writes = self.recipe.writes or writes_inputs(self.recipe, *next(iter(batches)))
+        terms, volatile = prove_terms(self._snapshot, replace(self.recipe, writes=writes), batches)
         return self.like(replace(self._snapshot, volatile=volatile), terms)
 
     def sample(self, n: int, seed: int) -> Objective:

@@ -171,7 +171,7 @@ def _threshold(motion: Motion, rule: Rule) -> float:
 
 def _chosen(objective: Objective, held: Mapping[int, Group]) -> dict[str, nn.Parameter]:
     """The user's own parameters under study, by name; all must be among those that the optimizer holds."""
-    present = objective.snapshot.slots.present()
+    present = objective.snapshot.users.slots.present()
     chosen: dict[str, Any] = {name: present[name] for name in objective.names}
     strangers = [name for name, parameter in chosen.items() if id(parameter) not in held]
     if len(strangers) == len(chosen):

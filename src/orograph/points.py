@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .layout import Layout
+from .restoring import restoring, under
 from .results import Point
 from .state import Slots, find_slots
+from .surroundings import normal_tensors
 
 NESTED = ("state_dict", "model_state_dict", "model")  # where training frameworks keep the weights inside a checkpoint
 PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
@@ -24,7 +26,7 @@ def snapshot_point(slots: Slots, layout: Layout, *, device: torch.device | None,
     """A copy of the model's present parameters and buffers."""
     present = slots.present()
 
-    @torch.inference_mode(False)
+    @under(normal_tensors)
     def own(tensor: Tensor) -> Tensor:
         return tensor.detach().clone().to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
@@ -65,7 +67,7 @@ def read_point(source: Any, own: Point, slots: Slots, layout: Layout, label: str
 
 def copied(point: Point, like: Point) -> Point:
     """The same setting in tensors of its own, on the device and in the precision of `like`."""
-    with torch.inference_mode(False):
+    with restoring(normal_tensors):
         buffers = {name: tensor.detach().to(like.buffers[name], copy=True) for name, tensor in point.buffers.items()}
         frozen = {name: tensor.detach().to(like.frozen[name], copy=True) for name, tensor in point.frozen.items()}
         return replace(point, theta=point.theta.detach().to(like.theta, copy=True), buffers=buffers, frozen=frozen)

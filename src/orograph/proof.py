@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from .errors import NotDeterministic
 from .evaluation import no_gradient
 from .nesting import tensors_in
+from .restoring import restoring
+from .state import contents_kept
 from .terms import Term, Terms
 from .weighting import LOW_PRECISION, evaluate
 
@@ -72,12 +74,10 @@ def _random_module(term: Term) -> str | None:
         note = lambda module, args, output, calls=calls: calls.append(  # noqa: E731
             (module, [t.detach().clone() for t in tensors_in(args)], [t.detach().clone() for t in tensors_in(output)])
         )
-        hooks = [module.register_forward_hook(note) for module in names]
-        try:
+        with restoring(contents_kept(term.recipe.model)):  # which takes the hooks off again
+            for module in names:
+                module.register_forward_hook(note)
             term.loss_of(term.output())
-        finally:
-            for hook in hooks:
-                hook.remove()
         runs.append(calls)
     for (module, ins, outs), (_, ins2, outs2) in zip(*runs, strict=False):
         if _same(ins, ins2) and not _same(outs, outs2):

@@ -9,19 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batches import read_batches
+from .batches import Batches, read_batches
 from .cutting import prove_weighting
 from .errors import NotDeterministic
 from .proof import prove_passes_agree, prove_still
+from .restoring import under
 from .snapshots import Snapshot
-from .terms import Recipe, Term, Terms, weigh, writes_inputs
+from .surroundings import normal_tensors
+from .terms import Recipe, Term, Terms, weigh
 
 
-@torch.inference_mode(False)
-def read_terms(snapshot: Snapshot, recipe: Recipe, data: Any, batch_size: int | None) -> tuple[Terms, tuple[str, ...]]:
-    """The terms of the loss over `data`, read and proven; and the buffers that its forward writes to."""
+@under(normal_tensors)
+def read_data(snapshot: Snapshot, recipe: Recipe, data: Any, batch_size: int | None) -> Batches:
+    """The batches of `data`, where the snapshot's tensors are and in their precision."""
     opaque, whole = recipe.batch_loss is not None, snapshot.mode == "batch"
-    device, dtype, buffers = snapshot.point.theta.device, snapshot.dtype, snapshot.point.buffers
+    device, dtype = snapshot.point.theta.device, snapshot.dtype
 
     def prepare(tensor: Tensor) -> Tensor:
         if opaque:
@@ -33,10 +35,17 @@ def read_terms(snapshot: Snapshot, recipe: Recipe, data: Any, batch_size: int | 
     batches = read_batches(data, batch_size=batch_size, prepare=prepare, whole=whole, opaque=ready)
     if whole and min(batches.reading.sizes) < 2:
         raise ValueError('mode="batch" needs batches of at least 2 examples: BatchNorm has no statistics of a single one. Drop or merge the smallest batch.')
+    return batches
+
+
+@under(normal_tensors)
+def prove_terms(snapshot: Snapshot, recipe: Recipe, batches: Batches) -> tuple[Terms, tuple[str, ...]]:
+    """The terms of the loss over `batches`, weighed and proven; and the buffers that its forward writes to."""
+    buffers = snapshot.point.buffers
     untouched = {name: tensor.clone() for name, tensor in buffers.items()}
-    users = snapshot.slots.present()
+    users = snapshot.users.slots.present()
     with snapshot.applied():
-        recipe = replace(recipe, writes=recipe.writes or writes_inputs(recipe, batches), alone=len(batches.reading.sizes) == 1, indivisible="")
+        recipe = replace(recipe, alone=len(batches.reading.sizes) == 1, indivisible="")
         terms = weigh(recipe, batches)
         first = next(iter(terms))
         volatile = prove_still(first, buffers)

@@ -11,8 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .evaluation import no_gradient
 from .objective import Objective
+from .restoring import under
 from .results import Point
 from .snapshots import Snapshot
+from .surroundings import normal_tensors
 
 
 def running_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -30,7 +32,7 @@ def renormalised(objective: Objective, source: object = None) -> Point:
     return renormalised_all(objective, [objective.point(source)])[0]
 
 
-@torch.inference_mode(False)
+@under(normal_tensors)
 def renormalised_all(objective: Objective, points: Sequence[Point]) -> list[Point]:
     """`renormalised` for many networks: every batch goes to all of them before the next one is loaded."""
     norms = running_norms(objective.snapshot.model)
@@ -41,18 +43,15 @@ def renormalised_all(objective: Objective, points: Sequence[Point]) -> list[Poin
     networks = [replace(objective.at(point).snapshot, mode="batch") for point in points]
     sums: list[dict[int, list[Tensor]]] = [{} for _ in points]
     now = sums[:1]  # of the network that runs
-    hooks = [norm.register_forward_pre_hook(lambda module, inputs: _add(now[0].setdefault(id(module), []), inputs[0])) for norm in norms]
-    try:
-        with objective.applied():
-            for term in objective.terms():
-                for i, network in enumerate(networks):
-                    now[0] = sums[i]
-                    with network.applied(), no_gradient(objective.recipe):
-                        if term.examples > 1 or objective.examples == 1:  # one example has no variance
-                            term.loss_of(term.output())
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with objective.applied():  # which takes the hooks off again
+        for norm in norms:
+            norm.register_forward_pre_hook(lambda module, inputs: _add(now[0].setdefault(id(module), []), inputs[0]))
+        for term in objective.terms():
+            for i, network in enumerate(networks):
+                now[0] = sums[i]
+                with network.applied(), no_gradient(objective.recipe):
+                    if term.examples > 1 or objective.examples == 1:  # one example has no variance
+                        term.loss_of(term.output())
     return [_with_statistics(point, network, norms, found) for point, network, found in zip(points, networks, sums, strict=True)]
 
 
@@ -92,7 +91,7 @@ class Repair:
     _layers: dict[nn.Module, tuple[str, str | None]] = field(default_factory=dict)
     _ends: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = field(default_factory=list)
 
-    @torch.inference_mode(False)
+    @under(normal_tensors)
     def at(self, merged: Point, t: float) -> Point:
         """The mixture of share `t` of b, repaired."""
         if running_norms(self.objective.snapshot.model):
@@ -150,14 +149,11 @@ def _unit_statistics(objective: Objective, layers: dict[nn.Module, tuple[str, st
 
 
 def _run_hooked(objective: Objective, modules: list[nn.Module], note: Callable[[nn.Module, object, object], None], *, first_only: bool = False) -> None:
-    """Forward passes over the data with a hook on some modules, which is taken off afterwards."""
-    hooks = [module.register_forward_hook(note) for module in modules]
-    try:
-        with objective.applied(), no_gradient(objective.recipe):
-            for term in objective.terms():
-                term.loss_of(term.output())
-                if first_only:
-                    break
-    finally:
-        for hook in hooks:
-            hook.remove()
+    """Forward passes over the data with a hook on some modules."""
+    with objective.applied(), no_gradient(objective.recipe):  # which takes the hooks off again
+        for module in modules:
+            module.register_forward_hook(note)
+        for term in objective.terms():
+            term.loss_of(term.output())
+            if first_only:
+                break

@@ -1,15 +1,22 @@
-"""Put a snapshot into a user's model for as long as it is needed, and leave no trace.
+"""What a module holds, and one place where that is replaced for a while and put back.
 
-The module's Parameter and buffer *objects* are replaced by the snapshot's own, for forward and backward (activation
-checkpointing recomputes the forward inside the backward), then the originals go back. Nothing is ever copied into the user's
-tensors: that would break, or silently falsify, every autograd graph that is still pending on them.
+The module's Parameter and buffer *objects* are replaced by a snapshot's own, for forward and backward (activation checkpointing
+recomputes the forward inside the backward), then the originals go back. Nothing is ever copied into a tensor that was there before: that would
+break, or silently falsify, every autograd graph that is still pending on it.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import enum
+import functools
+import io
+import logging
+import operator
+import threading
+import types
+import weakref
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,10 +24,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .restoring import Step, Undo
 
 Mode = Literal["eval", "batch"]
 Places = dict[str, list[tuple[nn.Module, str]]]  # canonical name -> every (module, attribute) that holds the tensor
+MOST_OBJECTS, LONG = 100_000, 1000  # that one walk visits; entries of a long list
 
 
 @dataclass(frozen=True)
@@ -66,75 +78,183 @@ def find_slots(model: nn.Module) -> Slots:
     return Slots(parameters, buffers, aliases)
 
 
-@contextmanager
-def swapped(model: nn.Module, slots: Slots, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Replace the objects at every place by those of `tensors` (canonical names), and put the originals back at the end.
+MAPPINGS = frozenset((dict, OrderedDict, defaultdict, Counter))
+SEQUENCES = frozenset((list, set, deque))
+PLAIN = frozenset(
+    (
+        *(int, float, bool, str, bytes, complex, type(None), type, slice, range, types.BuiltinFunctionType, types.ModuleType, weakref.ref),
+        *(torch.dtype, torch.device, torch.Size, torch.Generator, Tensor, nn.Parameter, nn.Buffer, np.ndarray),
+    )
+)
+FOREIGN = (Optimizer, LRScheduler, DataLoader, Dataset, Sampler, logging.Logger, io.IOBase, threading.Thread, enum.Enum)  # things that a module may hold, and that are no part of it
 
-    Attributes and buffers that a forward creates or reassigns (caches, weights computed from other weights) go back too.
+
+def containers(roots: Iterable[Any]) -> list[Any]:
+    """Every dict, list, set, deque and closure cell that modules hold, at any depth: in their attributes, their hooks, and what functions close over.
+
+    Objects of other classes are followed where a module holds them, not where a function closes over them: these may be anything.
     """
-    modules = {id(module): module for module in model.modules()}.values()
-    before = [(module, dict(module.__dict__), dict(module._parameters), dict(module._buffers)) for module in modules]
-    places = [(module, attribute, name) for table in (slots.parameters, slots.buffers) for name in table for module, attribute in table[name]]
-    originals = [(module, attribute, getattr(module, attribute)) for module, attribute, _ in places]
+    found: list[Any] = []
+    seen: set[int] = set()
+    queue = [(root, True) for root in roots]
+    while queue and len(seen) < MOST_OBJECTS:
+        value, owned = queue.pop()
+        kind = type(value)
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        inside: Iterable[Any] = ()
+        if kind in MAPPINGS or kind in SEQUENCES:
+            found.append(value)
+            inside = _worth_following(value) if value else ()
+        elif isinstance(value, nn.Module):
+            inside = (value.__dict__,)
+        elif kind in LEADS_ON:
+            owned = owned and kind is not types.FunctionType
+            inside = LEADS_ON[kind](value)
+            if kind is types.CellType:
+                found.append(value)
+        elif owned and not isinstance(value, FOREIGN) and type(getattr(value, "__dict__", None)) is dict:
+            inside = (value.__dict__,)
+        for part in inside:
+            if type(part) not in PLAIN:
+                queue.append((part, owned))
+    return found
+
+
+def _worth_following(holder: Any) -> Iterable[Any]:
+    """The values of a container; none of a long one that begins with a plain one (a vocabulary, a history)."""
+    values: Iterable[Any] = holder.values() if type(holder) in MAPPINGS else holder
+    if len(holder) > LONG:
+        first = type(next(iter(values)))
+        if first in PLAIN and not issubclass(first, Tensor):
+            return ()
+    return values
+
+
+def _cell(cell: types.CellType) -> tuple[Any, ...]:
+    """What a closure cell holds; nothing yet, if it is assigned later."""
     try:
-        for module, attribute, name in places:
-            setattr(module, attribute, tensors[name])  # setattr, not the registry: RNNs keep a second list of their weights
-        yield
-    finally:
-        for module, attribute, original in originals:
-            setattr(module, attribute, original)
-        for module, attributes, parameters, buffers in before:
-            _put_back(module._parameters, parameters)
-            _put_back(module._buffers, buffers)
-            _put_back(module.__dict__, attributes)
+        return (cell.cell_contents,)
+    except ValueError:
+        return ()
 
 
-def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:
-    """Make `now` hold exactly the objects of `before`."""
-    if len(now) != len(before) or any(now.get(key, now) is not value for key, value in before.items()):
-        now.clear()
-        now.update(before)
+LEADS_ON: dict[type, Callable[[Any], Iterable[Any]]] = {
+    tuple: tuple,
+    types.CellType: _cell,
+    types.FunctionType: lambda function: (*(function.__closure__ or ()), *(function.__defaults__ or ()), function.__dict__),
+    types.MethodType: lambda method: (method.__self__, method.__func__),
+    functools.partial: lambda partial: (partial.func, partial.args, partial.keywords),
+}
 
 
-@contextmanager
-def mode_set(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """Every module in eval mode; with mode="batch" only BatchNorm uses the batch's own statistics and updates none."""
-    flags = [(module, module.training) for module in model.modules()]
-    norms = [(module, module.track_running_stats) for module in model.modules() if isinstance(module, _BatchNorm)]
-    try:
-        for module, _ in flags:
-            module.training = False  # the attribute, not .eval(): some modules rewrite their weights there
-        if mode == "batch":
-            for norm, _ in norms:
-                norm.training, norm.track_running_stats = True, False
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-        for norm, tracks in norms:
-            norm.track_running_stats = tracks
+def contents_kept(*roots: Any) -> Step:
+    """What modules hold, down to the entries of their lists and dicts, is afterwards what it was before: the same objects in the same order."""
+    return lambda undo: _keep(containers(roots), undo)
 
 
-@contextmanager
-def rng_kept() -> Iterator[None]:
-    """The global random states of Python, NumPy and torch are afterwards what they were before."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's global state, to be restored
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+def _keep(holders: list[Any], undo: list[Undo]) -> None:
+    before = [(holder, _contents(holder)) for holder in holders if holder]
+    empty = [holder for holder in holders if not holder]
+
+    def put_back() -> None:
+        for holder, contents in before:
+            _put_back(holder, contents)
+        for holder in filter(None, empty):
+            holder.clear()
+
+    undo.append(put_back)
 
 
-@contextmanager
-def differentiable(device: torch.device) -> Iterator[None]:
-    """Gradients on, autocast and caches of parametrized weights off, whatever the caller's context is."""
-    cached = parametrize._cache_enabled, parametrize._cache
-    parametrize._cache_enabled, parametrize._cache = 0, {}  # a user's parametrize.cached() holds the weights of another point
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        parametrize._cache_enabled, parametrize._cache = cached
+def _contents(holder: Any) -> Any:
+    if type(holder) is types.CellType:
+        return _cell(holder)
+    return dict(holder) if type(holder) in MAPPINGS else list(holder)
+
+
+def _put_back(holder: Any, before: Any) -> None:
+    """Make `holder` hold exactly the objects of `before`, in their order; what has not changed is not touched."""
+    if type(holder) in MAPPINGS:
+        _put_back_dict(holder, before)
+    elif type(holder) is types.CellType:
+        if before and (now := _cell(holder)) and now[0] is not before[0]:
+            holder.cell_contents = before[0]
+    elif len(holder) != len(before) or not all(map(operator.is_, holder, before)):
+        if isinstance(holder, list):
+            holder[:] = before
+        else:
+            holder.clear()
+            (holder.update if isinstance(holder, set) else holder.extend)(before)
+
+
+def _put_back_dict(holder: dict[Any, Any], before: dict[Any, Any]) -> None:
+    if len(holder) == len(before) and all(map(operator.is_, holder, before)) and all(map(operator.is_, holder.values(), before.values())):
+        return
+    for key, value in before.items():
+        if holder.get(key, holder) is not value:
+            holder[key] = value
+    for key in [key for key in holder if key not in before]:
+        del holder[key]
+    if not all(map(operator.is_, holder, before)):  # a key that was deleted has come back at the end
+        holder.clear()
+        holder.update(before)
+
+
+def replaced(roots: Iterable[Any], slots: Slots, tensors: Mapping[str, Tensor]) -> Step:
+    """Wherever `roots` hold a parameter or buffer, in lists of weights too, they hold the one of `tensors` with its canonical name. All their contents are kept."""
+
+    def step(undo: list[Undo]) -> None:
+        new = {
+            id(getattr(module, attribute)): tensors[name]
+            for table in (slots.parameters, slots.buffers)
+            for name, places in table.items()
+            for module, attribute in places
+        }
+        holders = containers(roots)
+        _keep(holders, undo)
+        for holder in filter(None, holders):
+            for key, value in entries(holder):
+                if type(value) in PLAIN and not isinstance(value, Tensor):
+                    continue
+                other = _renewed(value, new)
+                if other is not value:
+                    if type(holder) is types.CellType:
+                        holder.cell_contents = other
+                    else:
+                        holder[key] = other
+
+    return step
+
+
+def entries(holder: Any) -> Iterator[tuple[Any, Any]]:
+    """(key, value) of a container; there are none of a set, whose order is not known."""
+    if type(holder) in MAPPINGS:
+        yield from list(holder.items())
+    elif not isinstance(holder, set | types.CellType):
+        yield from enumerate(holder)
+    elif type(holder) is types.CellType:
+        yield from ((None, value) for value in _cell(holder))
+
+
+def _renewed(value: Any, new: Mapping[int, Tensor]) -> Any:
+    """`value`, or what stands for it; a tuple of weights becomes another tuple."""
+    if isinstance(value, Tensor):
+        return new.get(id(value), value)
+    if type(value) is tuple:
+        parts = tuple(_renewed(part, new) for part in value)
+        return parts if any(part is not old for part, old in zip(parts, value, strict=True)) else value
+    return value
+
+
+def mode_set(model: nn.Module, mode: Mode) -> Step:
+    """Every module in eval mode; with mode="batch" only BatchNorm uses the batch's own statistics and updates none. After `contents_kept`."""
+
+    def step(undo: list[Undo]) -> None:
+        for module in model.modules():
+            if module.training:
+                module.training = False  # the attribute, not .eval(): some modules rewrite their weights there
+            if mode == "batch" and isinstance(module, _BatchNorm):
+                module.training, module.track_running_stats = True, False
+
+    return step

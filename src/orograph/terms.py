@@ -37,6 +37,12 @@ class Recipe:
     indivisible: str = ""  # why a batch must not be cut, where it must not
 
     @property
+    def calls(self) -> tuple[Callable[..., Any], ...]:
+        """Everything beside the model that a loss calls."""
+        criterion = None if self.criterion is None else self.criterion.call
+        return tuple(call for call in (criterion, self.batch_loss, self.forward, self.count) if call is not None)
+
+    @property
     def weighs(self) -> bool:
         """Whether batches are averaged by units (a mean) rather than added up (a sum)."""
         return self.criterion is None or self.criterion.reduction != "sum"
@@ -74,7 +80,7 @@ class Term:
 
     def given(self) -> Batch:
         """The batch for a call of the user's code: a copy where that writes to it."""
-        return map_tensors(_copied, self.batch) if self.recipe.writes else self.batch
+        return map_tensors(fresh, self.batch) if self.recipe.writes else self.batch
 
     @property
     def target(self) -> Any:
@@ -175,17 +181,20 @@ def _returns_bare_scalar(recipe: Recipe, batches: Batches) -> bool:
     return Term(recipe, batch, first).total_and_count()[1] is None
 
 
-def writes_inputs(recipe: Recipe, batches: Batches) -> bool:
-    """Whether the model or the loss changes the batch that it is given; tried on a copy of the first one."""
-    first, batch = next(iter(batches))
-    term = Term(recipe, map_tensors(_copied, batch), first)
-    before = [tensor._version for tensor in tensors_in(term.batch)]
+def writes_inputs(recipe: Recipe, first: int, batch: Batch) -> bool:
+    """Whether the model or the loss changes the batch that it is given; tried on a copy."""
+    term = Term(recipe, map_tensors(fresh, batch), first)
     term.loss_of(term.output())
-    moved = [tensor._version for tensor in tensors_in(term.batch)] != before
-    return moved or bool((hash_examples(term.batch) != hash_examples(batch)).any())
+    return was_written(term.batch, batch)
 
 
-def _copied(tensor: Tensor) -> Tensor:
+def was_written(given: Batch, batch: Batch) -> bool:
+    """Whether somebody has written to `given`, which was a `fresh` copy of `batch`."""
+    return any(tensor._version for tensor in tensors_in(given)) or bool((hash_examples(given) != hash_examples(batch)).any())
+
+
+def fresh(tensor: Tensor) -> Tensor:
+    """A copy to which nobody has written yet."""
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 

@@ -11,7 +11,9 @@ import torch
 from .batches import Batches, is_pair, one_batch
 from .nesting import Batch, as_double, count_examples, take_rows
 from .objective import Objective
+from .restoring import under
 from .snapshots import Snapshot
+from .surroundings import normal_tensors
 from .terms import Recipe, weigh
 
 
@@ -35,7 +37,7 @@ def in_pieces(objective: Objective, examples: int) -> Objective:
     return _weighed(objective, objective.snapshot, objective.recipe, replace(objective.terms().batches, view=cut))
 
 
-@torch.inference_mode(False)
+@under(normal_tensors)
 def joined(objective: Objective, examples: int) -> Objective:
     """Batches of tensor pairs put together to micro-batches of at most about `examples`; the objective itself where they are anything else."""
     batches = objective.terms().batches
@@ -72,23 +74,23 @@ def random_pieces(objective: Objective, examples: int, most: int, seed: int) -> 
     return list(islice(pieces(chosen, examples), most))
 
 
-@torch.inference_mode(False)
+@under(normal_tensors)
 def with_batch_statistics(objective: Objective) -> Objective:
     """The same loss with BatchNorm on each batch's own statistics, as in training."""
     return objective.like(replace(objective.snapshot, mode="batch"), objective.terms())
 
 
-@torch.inference_mode(False)
+@under(normal_tensors)
 def in_double(objective: Objective) -> Objective:
     """Weights, buffers, data and criterion in float64."""
     batches, recipe = objective.terms().batches, objective.recipe
     single = batches.prepare
     kept = None if batches.kept is None else [as_double(batch) for batch in batches.kept]
     recipe = replace(recipe, criterion=recipe.criterion and recipe.criterion.in_double(recipe.model))
-    return _weighed(objective, objective.snapshot.in_double(), recipe, replace(batches, kept=kept, prepare=lambda tensor: as_double(single(tensor))))
+    return _weighed(objective, objective.snapshot.in_double(recipe.calls), recipe, replace(batches, kept=kept, prepare=lambda tensor: as_double(single(tensor))))
 
 
-@torch.inference_mode(False)
+@under(normal_tensors)
 def _weighed(objective: Objective, snapshot: Snapshot, recipe: Recipe, batches: Batches) -> Objective:
     """With the units of every batch counted anew."""
     with snapshot.applied():

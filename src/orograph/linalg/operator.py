@@ -20,6 +20,8 @@ from ..arguments import Count, NotNegative
 from ..checks import checked
 from ..errors import OrographError, OutOfBudget
 from ..memory import memory_budget, size_text
+from ..restoring import restoring
+from ..surroundings import full_precision, gradients
 from .symmetry import CHANGES, prove_symmetry, refuse_image
 
 SampleKind = Literal["normal", "rademacher", "sphere"]
@@ -38,7 +40,7 @@ def in_full_precision(function: Function) -> Function:
 
     @functools.wraps(function)
     def wrapped(op: LinearOperator, *args: Any, **settings: Any) -> Any:
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(op.device.type, enabled=False):
+        with restoring(gradients(False), full_precision(op.device.type)):
             op.prove()
             return function(op, *args, **settings)
 

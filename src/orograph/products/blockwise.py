@@ -12,8 +12,8 @@ memory than the blocks' inputs, their tangents and one block's graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..nesting import tensors_in
 from ..objective import Objective
+from ..restoring import forward_set, restoring
 from ..terms import Term
 from .sweeps import Parts, TermMap, differentiable_twice
 
@@ -85,20 +86,9 @@ def _is_chain(blocks: tuple[nn.Module, ...], term: Term) -> bool:
     return loss.requires_grad and [entry[0] for entry in seen] == list(range(len(blocks))) and tensors and linked and not any(entry[3] for entry in seen)
 
 
-@contextmanager
-def _forwards(replacements: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def _forwards(replacements: dict[nn.Module, Callable[..., Any]]) -> restoring:
     """Modules run other functions for a while."""
-    before = {module: module.__dict__.get("forward") for module in replacements}
-    try:
-        for module, function in replacements.items():
-            module.__dict__["forward"] = function
-        yield
-    finally:
-        for module, function in before.items():  # type: ignore[assignment]
-            if function is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = function
+    return restoring(*(partial(forward_set, module, function) for module, function in replacements.items()))
 
 
 def blockwise_of(chain: Chain) -> Callable[[Objective, Term], TermMap | None]:

@@ -1,0 +1,167 @@
+"""A private copy of the user's model and loss, so that a measurement never touches theirs.
+
+The copy is made by `copy.deepcopy`, in one go with the criterion and whatever else is called, so that references among them lead to the copy. Its
+parameters and buffers are placeholders without memory: a snapshot puts its own tensors in their places.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .evaluation import no_gradient
+from .nesting import Batch, map_tensors
+from .restoring import under
+from .snapshots import Snapshot
+from .state import FOREIGN, Slots, containers, entries, find_slots
+from .surroundings import normal_tensors
+from .terms import Recipe, Term, fresh, was_written
+
+PRIVATE = "a private copy of the model"
+MOST_SHARED = 200  # objects that cannot be copied
+Metrics = Mapping[str, Callable[..., Any]]
+T = TypeVar("T")
+
+
+class CannotCopy(Exception):
+    """Why the model is measured in place."""
+
+
+@under(normal_tensors)
+def isolated(snapshot: Snapshot, recipe: Recipe, metrics: Metrics, first: int, batch: Batch) -> tuple[Snapshot, Recipe, Metrics]:
+    """The same with a private copy of the user's model, where there can be one; `batch` is run through both, and everything must agree to the last bit."""
+    given = map_tensors(fresh, batch)
+    before = _outcome(snapshot, recipe, given, first)
+    recipe = replace(recipe, writes=was_written(given, batch))
+    try:
+        private, own_recipe, own_metrics, stale = _copied(snapshot, recipe, metrics)
+        watch = _Watch(snapshot.slots.present() | stale)
+        try:
+            after = _outcome(private, own_recipe, map_tensors(fresh, batch), first, watch)
+        except Exception as error:
+            raise CannotCopy(f"its copy raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        if watch.touched:
+            raise CannotCopy(f"the model or its loss reaches {watch.touched!r} of the user's module from outside, through a closure or a global variable")
+        if not _same(before, after):
+            raise CannotCopy("its copy gives another loss")
+    except CannotCopy as reason:
+        return replace(snapshot, isolation=f"the model itself, with its own tensors put back afterwards: {reason}"), recipe, metrics
+    return private, own_recipe, own_metrics
+
+
+def _outcome(snapshot: Snapshot, recipe: Recipe, given: Batch, first: int, watch: TorchDispatchMode | None = None) -> list[Tensor]:
+    """Output and loss of one batch."""
+    term = Term(recipe, given, first)
+    with snapshot.applied(scratch=True), no_gradient(recipe):
+        if watch is not None:
+            watch.__enter__()  # `applied` leaves it again
+        output = term.output()
+        kept = [tensor.detach().clone() for tensor in _tensors(output)]
+        return [*kept, term.loss_of(output).detach().clone()]
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _same(before: list[Tensor], after: list[Tensor]) -> bool:
+    """Equal to the last bit."""
+    return len(before) == len(after) and all((a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)) or bool((a.isnan() & b.isnan() | (a == b)).all()) for a, b in zip(before, after, strict=True))
+
+
+class _Watch(TorchDispatchMode):
+    """Names a tensor of the user's module that an operation reads or writes."""
+
+    def __init__(self, users: Mapping[str, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names = {_address(tensor): name for name, tensor in users.items() if _address(tensor)}
+        self.touched: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor) and _address(tensor) in self.names:
+                self.touched = self.names[_address(tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+def _address(tensor: Tensor) -> int:
+    """Where its numbers begin; 0 for what has no storage of that kind."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided and tensor.device.type != "meta" else 0
+
+
+def _copied(snapshot: Snapshot, recipe: Recipe, metrics: Metrics) -> tuple[Snapshot, Recipe, Metrics, dict[str, Tensor]]:
+    """Copies with placeholders for parameters and buffers; and the tensors in them that autograd had computed from others, which only a copy of the numbers stands for."""
+    model, slots = snapshot.users.model, snapshot.users.slots
+    present = slots.present()
+    held = {name: _placeholder(tensor) for name, tensor in present.items()}
+    memo: dict[int, Any] = {id(tensor): held[name] for name, tensor in present.items()}
+    stale: dict[str, Tensor] = {}
+    for holder in containers((*model.modules(), *recipe.calls, *metrics.values())):
+        for key, value in entries(holder):
+            if id(value) not in memo:
+                _spare(str(key), value, memo, stale)
+    own_model, own_recipe, own_metrics = _deep_copy((model, recipe, metrics), memo, stale)
+    own_slots = find_slots(own_model)
+    if _shape(own_model, own_slots) != _shape(model, slots):
+        raise CannotCopy("its copy has other layers or parameters")
+    for table in (own_slots.parameters, own_slots.buffers):
+        for name, places in table.items():
+            for module, attribute in places:
+                if getattr(module, attribute) is not held[name]:
+                    setattr(module, attribute, held[name])
+    private = replace(snapshot, model=own_model, slots=own_slots, extras=(*own_recipe.calls, *own_metrics.values()), isolation=PRIVATE)
+    return private, own_recipe, own_metrics, stale
+
+
+def _placeholder(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _spare(key: str, value: Any, memo: dict[int, Any], stale: dict[str, Tensor]) -> None:
+    """What deepcopy refuses or had better not copy: results of autograd, generators, and things that are no part of a model."""
+    if isinstance(value, Tensor) and value.grad_fn is not None:
+        memo[id(value)] = stale[key] = value.detach().clone()
+    elif isinstance(value, torch.Generator):
+        memo[id(value)] = torch.Generator(value.device).set_state(value.get_state())
+    elif isinstance(value, FOREIGN):
+        memo[id(value)] = value
+
+
+def _deep_copy(things: T, memo: dict[int, Any], stale: dict[str, Tensor]) -> T:
+    """A deep copy, in which objects that cannot be copied (locks, files, connections) are shared."""
+    for _ in range(MOST_SHARED):
+        try:
+            return copy.deepcopy(things, dict(memo))
+        except Exception as error:
+            culprit = _refused(error)
+            if culprit is None or isinstance(culprit, nn.Module) or id(culprit) in memo:
+                raise CannotCopy(f"it cannot be copied ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})") from error
+            if not isinstance(culprit, Tensor):
+                memo[id(culprit)] = culprit
+            _spare("a tensor", culprit, memo, stale)
+    raise CannotCopy("it holds too many objects that cannot be copied")
+
+
+def _refused(error: BaseException) -> Any:
+    """The object that `copy.deepcopy` was copying when it raised."""
+    culprit, trace = None, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code is copy.deepcopy.__code__:
+            culprit = trace.tb_frame.f_locals.get("x")
+        trace = trace.tb_next
+    return culprit
+
+
+def _shape(model: nn.Module, slots: Slots) -> object:
+    """What a copy has in common with its original."""
+    layers = [(name, type(module).__name__) for name, module in model.named_modules(remove_duplicate=False)]
+    tables = [{name: [attribute for _, attribute in places] for name, places in table.items()} for table in (slots.parameters, slots.buffers)]
+    return layers, tables, slots.aliases
