@@ -99,7 +99,7 @@ def test_align_refuses_what_it_cannot_see_through():
     hidden = og.Objective.from_batch_loss(net, lambda model, batch: (model(batch).sum(), len(batch)), [torch.ones(3, 1)])
     with pytest.raises(TypeError, match="hides"):
         align(hidden, hidden.point(), hidden.point())
-    with pytest.raises(ValueError, match="choose from weights, activations"):
+    with pytest.raises(ValueError, match='needs "weights" or "activations"'):
         align(OBJECTIVES["MLP"], OBJECTIVES["MLP"].point(), OBJECTIVES["MLP"].point(), method="names")
 
 

@@ -232,7 +232,7 @@ def test_a_seed_that_is_set_stands_above_the_common_one(here):
         (["spectrum", "--set", "spectrum.k"], "not of the form PROBE.SETTING=VALUE"),
         (["barrier"], r"barrier compares 2 networks \(a, b\): give --weights 2 times. It was given 0 times"),
         (["barrier", *(w for n in ("first", "later", "third") for w in ("--weights", f"{n}.pt"))], "give --weights 2 times. It was given 3 times"),
-        (["barrier", "--weights", "first.pt", "--weights", "later.pt", "--set", "barrier.resolution=2"], "at least 3 points"),  # by the probe itself
+        (["barrier", "--weights", "first.pt", "--weights", "later.pt", "--set", "barrier.resolution=2"], "barrier(resolution=2) needs a whole number from 3"),  # by the probe itself
     ],
 )
 def test_misuse_is_answered_with_one_message(here, arguments, words):

@@ -136,7 +136,7 @@ def test_batchnorm_policies_differ_under_noise_and_agree_without_batchnorm():
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"sigmas": [0.0]}, "needs positive numbers"), ({"pairs": 1}, "at least 2 antithetic pairs"), ({"kind": "uniform"}, "choose kind"), ({"drop": 2}, "between 0 and 1")],
+    [({"sigmas": [0.0]}, "finite number above 0"), ({"pairs": 1}, "pairs=1.*at least 2"), ({"kind": "uniform"}, "needs \"isotropic\""), ({"drop": 2}, "between 0 and 1")],
 )
 def test_noise_refuses_settings_that_make_no_sense(settings, message):
     with pytest.raises(ValueError, match=message):

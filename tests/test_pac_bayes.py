@@ -190,8 +190,8 @@ def test_a_regression_has_no_certificate():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prior_samples": 10}, "no prior= was given"), ({"prior_samples": 301}, "from 0 to 300"), ({"posterior": "diagonal"}, "choose from both"),
-        ({"delta": 0.0}, "two probabilities"), ({"draws": 0}, "positive number of weight draws"), ({"sigmas": [-1.0]}, "fixed before the data"),
+        ({"prior_samples": 10}, "no prior= was given"), ({"prior_samples": 301}, "from 0 to 300"), ({"posterior": "diagonal"}, "needs \"both\""),
+        ({"delta": 0.0}, "between 0 and 1"), ({"delta": 0.6, "delta_draws": 0.5}, "two probabilities"), ({"draws": 0}, "draws=0.*at least 1"), ({"sigmas": [-1.0]}, "Entry 0 is -1.0"),
     ],
 )  # fmt: skip
 def test_pac_bayes_refuses_settings_that_make_no_sense(objective, settings, message):

@@ -233,20 +233,20 @@ def test_an_elastic_band_finds_the_low_pass(tmp_path):
         og.elastic_band(objective, *ends, cycles=cycles, momentum=0.5, weight_decay=0.0, checkpoint=tmp_path / "band", progress=interrupted)
     again = og.elastic_band(objective, *ends, cycles=cycles, momentum=0.5, weight_decay=0.0, checkpoint=tmp_path / "band")
     assert all(torch.equal(x.theta, y.theta) for x, y in zip(again.points, band.points, strict=True))
-    with pytest.raises(ValueError, match="positive numbers"):
+    with pytest.raises(ValueError, match=r"cycles=\[\].*It is empty"):
         og.elastic_band(objective, *ends, cycles=[])
 
 
 def test_fit_path_refuses_what_is_no_curve(pair):
     objective, nets = pair
-    with pytest.raises(ValueError, match="choose from bezier, polychain"):
+    with pytest.raises(ValueError, match='needs "bezier" or "polychain"'):
         og.fit_path(objective, *nets, kind="spline")
-    with pytest.raises(ValueError, match="positive numbers"):
+    with pytest.raises(ValueError, match=r"bends=0.*at least 1"):
         og.fit_path(objective, *nets, bends=0)
     normed = [cnn(seed=seed, channels=(4, 6)).eval() for seed in (0, 1)]
     with pytest.raises(ValueError, match="one example at a time"):
         og.fit_path(og.Objective(normed[0], nn.CrossEntropyLoss(), (torch.rand(4, 64), torch.arange(4))), *normed, batch_size=1)
-    with pytest.raises(ValueError, match="choose from interpolated"):
+    with pytest.raises(ValueError, match='needs "interpolated"'):
         og.measure(objective, "barrier", *nets, statistics="fresh")
 
 

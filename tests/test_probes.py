@@ -211,19 +211,19 @@ def test_held_out_data_of_another_architecture_are_refused(objective):
 def test_held_out_data_that_are_no_other_data_are_refused(objective):
     with pytest.raises(ValueError, match="the very data of the objective"):
         og.measure(objective, "gradient", held_out=objective.at(objective.theta + 1))
-    with pytest.raises(TypeError, match=r"held_out=objective\.on\(data\)"):
+    with pytest.raises(TypeError, match=r"held_out=.*needs an Objective"):
         og.measure(objective, "gradient", held_out=CASES["cross-entropy"].data)
 
 
 def test_misspelt_and_misplaced_names_are_answered(objective):
     with pytest.raises(ValueError, match="Did you mean 'spectrum'"):
         og.measure(objective, "spectrm")
-    with pytest.raises(TypeError, match="measure_all"):
+    with pytest.raises(TypeError, match=r"name=.*needs a text"):
         og.measure(objective, ["gradient", "spectrum"])
-    with pytest.raises(TypeError, match="takes a list of names"):
+    with pytest.raises(TypeError, match=r"names='gradient'.*needs a sequence"):
         og.measure_all(objective, "gradient")
-    for settings, message in (({"k": -1}, "whole number"), ({"k": "5"}, "whole number"), ({"rel_error": 0}, "positive number")):
-        with pytest.raises(ValueError, match=message):
+    for settings, message in (({"k": -1}, "whole number"), ({"k": "5"}, "whole number"), ({"rel_error": 0}, "above 0")):
+        with pytest.raises((ValueError, TypeError), match=message):
             og.measure(objective, "spectrum", **settings)
 
 

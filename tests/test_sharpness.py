@@ -126,7 +126,7 @@ def test_sharpness_refuses_unknown_definitions_and_constants():
     for name in ("radius", "gradients", "steps"):
         with pytest.raises(ValueError, match=f"{name}=0"):
             og.measure(objective, "sharpness", **{name: 0})
-    with pytest.raises(ValueError, match="at least 2 antithetic pairs"):
+    with pytest.raises(ValueError, match=r"pairs=.*at least 2"):
         og.measure(objective, "sharpness", pairs=1)
     regression = loss_cases()["regression"].objective(100)
     with pytest.raises(TypeError, match="classifier's logits"):

@@ -772,8 +772,8 @@ def test_batchnorm_policies_differ_and_agree_without_batchnorm():
 @pytest.mark.parametrize(
     ("points", "settings", "error", "message"),
     [
-        (2, {}, TypeError, "or three, got 2"), (0, {"axes": "pca"}, ValueError, "choose axes"), (0, {"span": 0}, ValueError, r"span=0\) needs a positive number"),
-        (0, {"statistics": "fresh"}, ValueError, "choose from auto, frozen"), (0, {"plane": 3}, TypeError, "needs an orograph.Plane"),
+        (2, {}, TypeError, "or three, got 2"), (0, {"axes": "pca"}, ValueError, "needs \"random\", \"eigenvectors\""), (0, {"span": 0}, ValueError, r"span=0\) needs a finite number above 0"),
+        (0, {"statistics": "fresh"}, ValueError, "needs \"auto\", \"frozen\""), (0, {"plane": 3}, TypeError, "needs a Plane or None"),
     ],
 )  # fmt: skip
 def test_surface_refuses_what_is_no_plane(points, settings, error, message):
@@ -799,11 +799,11 @@ class TestExports:
         assert torch.equal(og.load_surface(tmp_path / "s.npz").z.nan_to_num(9), z.nan_to_num(9))
         with pytest.raises(ValueError, match="knows"):
             og.save_surface(surface, tmp_path / "s.jpeg")
-        with pytest.raises(TypeError, match=r"Use record\['surface'\]"):
+        with pytest.raises(TypeError, match=r"Pass record\['surface'\]"):
             og.save_surface(object(), tmp_path / "s.png")
         with pytest.raises(ValueError, match="needs a table with columns s and t"):
             og.save_surface(surface, tmp_path / "s.png", marks=og.Table(rows=[{"quantity": "a", "value": 1.0}]))
-        with pytest.raises(ValueError, match="choose from contours, relief"):
+        with pytest.raises(ValueError, match='needs "contours" or "relief"'):
             og.save_surface(surface, tmp_path / "s.png", view="top")
 
     @pytest.mark.parametrize("view", ["contours", "relief"])

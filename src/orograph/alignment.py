@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from .arguments import Seed
 from .axes import Axis, factors_of, segments_of
 from .axis_rules import Axes
+from .checks import checked
 from .objective import Objective
 from .progress import Progress, Report, progress_bar
 from .results import Point
@@ -25,6 +27,7 @@ CAP = 1024  # examples, and samples of an activation, that one correlation uses
 MOST_UNITS = 4096  # along one tensor, whose correlations are a matrix of that size
 
 
+@checked
 @dataclass(frozen=True)
 class Alignment:
     """`point`: b with its units in a's order, the same function as b · `permutations`: name of units -> order, entry i of the new order was order[i] ·
@@ -38,7 +41,8 @@ class Alignment:
     method: str
 
 
-def align(objective: Objective, a: Any, b: Any, *, method: Method = "weights", seed: int = 0, progress: Progress = None) -> Alignment:
+@checked
+def align(objective: Objective, a: Any, b: Any, *, method: Method = "weights", seed: Seed = 0, progress: Progress = None) -> Alignment:
     r"""Permute the units of network b so that they match those of network a; b's function stays what it is.
 
     What may be permuted is read off the model as it runs and proven (`symmetries`); a model for which it cannot be proven is refused, naming the module.
@@ -47,8 +51,6 @@ def align(objective: Objective, a: Any, b: Any, *, method: Method = "weights", s
     method="activations": Pearson correlation of the units' activations on the objective's first batch (Li et al. 2016, arXiv:1511.07543; Jordan et al.
     2023, arXiv:2211.08403). Costs a few forward passes on four examples, and for activations one of each network on one batch.
     """
-    if method not in get_args(Method):
-        raise ValueError(f"align(method={method!r}): choose from {', '.join(get_args(Method))}.")
     first, second = objective.network(a), objective.network(b)
     here = objective.at(second)
     symmetry = find_symmetry(here)

@@ -56,13 +56,16 @@ class NotADirectory:
 
 
 MOST_SEED = 2**63 - 1  # what every random generator takes
-Count = Annotated[int, Range(at_least=1)]
-Steps = Annotated[int, Range(at_least=2)]
-Products = Annotated[int, Range(at_least=3)]
+AtLeastOne = Annotated[int, Range(at_least=1)]
+AtLeastTwo = Annotated[int, Range(at_least=2)]
+Grid = Annotated[int, Range(at_least=3, at_most=10_000)]  # points a side
+Whole = Annotated[int, Range(at_least=0)]
+AtLeastThree = Annotated[int, Range(at_least=3)]
 Seed = Annotated[int, Range(at_least=0, at_most=MOST_SEED)]
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(at_least=0)]
 Share = Annotated[float, Range(above=0, below=1)]
+ShareOrZero = Annotated[float, Range(at_least=0, below=1)]
 AnyNumber = Annotated[float, Range(finite=False)]
 File = Annotated[str | Path, NotADirectory]
 

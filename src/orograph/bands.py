@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path as FilePath
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .arguments import AtLeastOne, File, NotNegative, Positive, Seed, ShareOrZero
+from .checks import checked
 from .curves import micro_batches
 from .linalg.checkpoints import checkpointing
 from .objective import Objective
@@ -24,9 +25,10 @@ EXCESS = 0.1  # of the chain's range of losses, above its pieces' chords, that c
 BETWEEN = 4  # losses looked at on each piece
 
 
+@checked
 def elastic_band(
-    objective: Objective, a: Any, b: Any, *, cycles: Sequence[tuple[int, float]] = ((20, 0.1), (20, 0.1), (20, 0.03), (20, 0.01)), batch_size: int = 128, momentum: float = 0.9,
-    weight_decay: float = 1e-4, seed: int = 0, checkpoint: str | FilePath | None = None, progress: Progress = None,
+    objective: Objective, a: Any, b: Any, *, cycles: Sequence[tuple[AtLeastOne, Positive]] = ((20, 0.1), (20, 0.1), (20, 0.03), (20, 0.01)), batch_size: AtLeastOne = 128, momentum: ShareOrZero = 0.9,
+    weight_decay: NotNegative = 1e-4, seed: Seed = 0, checkpoint: File | None = None, progress: Progress = None,
 ) -> PolyChain:  # fmt: skip
     r"""A chain of straight pieces along a low way from a to b, by the nudged elastic band with inserted pivots (AutoNEB). Draxler et al. 2018, arXiv:1803.00885.
 
@@ -35,8 +37,6 @@ def elastic_band(
     the loss rises most above the chords of the pieces, by more than a tenth of its range. The highest loss on the chain bounds the saddle between the two networks from
     above. Costs epochs times pivots gradients. `checkpoint`: a file from which a killed run goes on, bit for bit.
     """
-    if not cycles or any(epochs < 1 or not rate > 0 for epochs, rate in cycles):
-        raise ValueError(f"elastic_band(cycles={cycles!r}) needs (epochs, learning rate) pairs of positive numbers.")
     first, last = objective.network(a), objective.network(b)
     parts = micro_batches(objective, batch_size, seed)
     job = {

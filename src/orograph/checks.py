@@ -1,7 +1,7 @@
 """What a caller passes is checked once, where it enters the package; everything inside trusts it.
 
 `@checked` reads the annotations of a public function and refuses an argument that does not fit, in one sentence: what was passed, what is expected, what to do.
-A wrong type is a TypeError, a wrong value a ValueError. Ranges are part of the annotation (`Count`, `Seed`, `Positive`, ...). What follows from several
+A wrong type is a TypeError, a wrong value a ValueError. Ranges are part of the annotation (`AtLeastOne`, `Seed`, `Positive`, ...). What follows from several
 arguments together (k <= op.size) is checked by the function itself.
 """
 
@@ -87,18 +87,12 @@ def _read(name: str, parameter: inspect.Parameter, expected: Expected, value: An
     try:
         return expected.read(value)
     except (TypeError, ValueError) as error:
-        cure = (
-            f" Leave it out for the default, {parameter.default!r}."
-            if isinstance(parameter.default, bool | int | float | str) and parameter.default != ""
-            else ""
-        )
-        raise refusal(
-            name,
-            parameter.name,
-            value,
-            f"{expected.words}.{f' {error}' if str(error) else ''}{cure}",
-            type(error),
-        ) from None
+        default = parameter.default
+        says_default = isinstance(default, bool | int | float | str) and default != ""
+        leave = f"Leave it out for the default, {default!r}." if says_default else ""
+        sentences = [f"{expected.words}.", str(error), expected.cure or leave]
+        words = " ".join(sentence for sentence in sentences if sentence)
+        raise refusal(name, parameter.name, value, words, type(error)) from None
 
 
 def _readers(

@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .arguments import Seed
+from .checks import checked, refusal
 from .errors import OrographWarning
 from .layout import select_names
 from .linalg.operator import NOISE, LinearOperator, Space
@@ -32,6 +34,7 @@ def _sandwich(curvature: OutputCurvature) -> Kind:
     return Kind(sandwich_of(curvature), lambda objective: sandwich_difference(objective, curvature), blocks=False)
 
 
+@checked
 def hessian(objective: Objective, *, engine: Engine = "auto", check: bool = True, memory: int | str | None = None) -> LinearOperator:
     r"""The Hessian of the loss at the objective's point: $H = \nabla^2 L(\theta)$, (n, n), symmetric, possibly indefinite.
 
@@ -44,10 +47,10 @@ def hessian(objective: Objective, *, engine: Engine = "auto", check: bool = True
     bytes, or a text such as "4GiB", for graphs and bases of vectors together; default half of what is free; recorded in `op.about`,
     never passed. Raises NotDifferentiable, OutOfBudget. Pearlmutter 1994.
     """
-    _check(objective, engine, get_args(Engine))
     return _operator(objective, HESSIAN, None, engine, check, memory, {"curvature": "hessian"})
 
 
+@checked
 def ggn(objective: Objective, *, engine: Engine = "auto", check: bool = True, memory: int | str | None = None) -> LinearOperator:
     r"""The generalised Gauss-Newton matrix $G = \sum_b w_b J_b^\top (\nabla^2_{out} L_b) J_b$: the Hessian without the network's own curvature.
 
@@ -55,24 +58,24 @@ def ggn(objective: Objective, *, engine: Engine = "auto", check: bool = True, me
     not in it. Arguments as for `hessian` (no "blockwise"; retained, a
     product costs 4/3 gradients); `check` proves the Jacobian against differences of the outputs. Schraudolph 2002; Martens 2020, arXiv:1412.1193.
     """
-    _check(objective, engine, JACOBIAN_ENGINES)
-    _needs_output(objective, "ggn")
+    _needs_output(objective, "ggn", engine)
     criterion = objective.recipe.criterion
     if criterion is not None and criterion.family == "nll":
         warnings.warn(
             "the negative log-likelihood is linear in the outputs (log-probabilities), so its Gauss-Newton matrix is zero. "
             "Use cross-entropy on logits, or fisher, which is the same matrix in expectation.",
             OrographWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return _operator(objective, _sandwich(loss_hessian), loss_hessian, engine, check, memory, {"curvature": "ggn"})
 
 
+@checked
 def fisher(
     objective: Objective,
     *,
     kind: Literal["mc", "empirical"] = "mc",
-    seed: int = 0,
+    seed: Seed = 0,
     engine: Engine = "auto",
     check: bool = True,
     memory: int | str | None = None,
@@ -83,26 +86,25 @@ def fisher(
     index of the example), not on the batching. kind="empirical": the data's own labels (another matrix: Kunstner et al. 2019,
     arXiv:1905.12558); a unit is a position for class targets, an example for elementwise losses. Arguments as for `hessian`.
     """
-    _check(objective, engine, JACOBIAN_ENGINES)
-    _needs_output(objective, "fisher")
-    if kind not in ("mc", "empirical"):
-        raise ValueError(f'fisher(kind={kind!r}): choose "mc" (labels drawn from the model) or "empirical" (the data\'s own labels).')
+    _needs_output(objective, "fisher", engine)
     if kind == "mc" and not objective.terms().batches.ordered:
         raise ValueError('fisher(kind="mc") keys labels by the index of the example, and this data comes in another order in each pass. Use shuffle=False.')
     curvature = sampled_fisher(seed) if kind == "mc" else empirical_fisher
     return _operator(objective, _sandwich(curvature), curvature, engine, check, memory, {"curvature": f"fisher-{kind}", "seed": seed})
 
 
+@checked
 def preconditioned(op: LinearOperator, scale: Tensor) -> LinearOperator:
     r"""$P^{-1/2} A P^{-1/2}$ for P = diag(`scale`) (n,) > 0: the spectrum of $P^{-1} A$, kept symmetric. Each product costs one of `op`."""
-    if not isinstance(scale, Tensor) or scale.shape != (op.size,):
-        raise ValueError(f"preconditioned(op, scale) needs a tensor of shape ({op.size},), got {tuple(scale.shape) if isinstance(scale, Tensor) else type(scale).__name__}.")
+    if scale.shape != (op.size,) or not scale.is_floating_point():
+        raise refusal("preconditioned", "scale", scale, f"a tensor of floating-point numbers of shape ({op.size},): it is the diagonal of P.")
     if not bool((scale > 0).all()) or not bool(torch.isfinite(scale).all()):
         raise ValueError("preconditioned(op, scale) needs every entry of scale positive and finite: it is the diagonal of P.")
     root = scale.to(device=op.device, dtype=op.dtype).rsqrt()[:, None]
     return _derived(op, lambda V: root * (op @ (root * V)), op.space, "preconditioned")
 
 
+@checked
 def block(op: LinearOperator, objective: Objective, names: str | Sequence[str]) -> LinearOperator:
     """The diagonal block of `op` that belongs to the parameters `names` (names or globs). Each product costs one of `op`."""
     if op.size != objective.size:
@@ -140,7 +142,7 @@ def _operator(objective: Objective, kind: Kind, curvature: OutputCurvature | Non
             verdict = preflight(objective, partial(matmat_of, plan, kind), curvature, EXAMPLES)
     matmat = matmat_of(plan, kind, objective)
     if plan.note:
-        warnings.warn(f"products are computed {plan.note}", OrographWarning, stacklevel=3)
+        warnings.warn(f"products are computed {plan.note}", OrographWarning, stacklevel=4)
     measured = max(verdict.noise, matmat.noise if isinstance(matmat, Difference) else 0.0)
     about = about | plan.about | {
         "mode": objective.mode, "fingerprints": objective.fingerprints(), "preflight": verdict.words, "noise": measured, "memory": budget,
@@ -150,13 +152,8 @@ def _operator(objective: Objective, kind: Kind, curvature: OutputCurvature | Non
     return LinearOperator(matmat, space.size, space.dtype, space.device, space, memory=max(budget - plan.bytes, 1), noise=noise, about=about, apart=apart, check=False)
 
 
-def _check(objective: Objective, engine: str, engines: tuple[str, ...]) -> None:
-    if not isinstance(objective, Objective):
-        raise TypeError(f"an operator needs an Objective, got {type(objective).__name__}: Objective(model, criterion, data).")
-    if engine not in engines:
-        raise ValueError(f"engine={engine!r}: choose one of {', '.join(engines)}.")
-
-
-def _needs_output(objective: Objective, name: str) -> None:
+def _needs_output(objective: Objective, name: str, engine: Engine) -> None:
+    if engine not in JACOBIAN_ENGINES:
+        raise refusal(name, "engine", engine, f"one of {', '.join(JACOBIAN_ENGINES)}: a Jacobian has no other.")
     if objective.recipe.batch_loss is not None:
         raise TypeError(f"{name} needs the network's output, which a batch_loss hides. Use Objective(model, criterion, data, forward=lambda model, batch: (output, target)).")

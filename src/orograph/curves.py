@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from pathlib import Path as FilePath
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .arguments import AtLeastOne, File, NotNegative, Positive, Seed, ShareOrZero
+from .checks import checked
 from .linalg.checkpoints import checkpointing
 from .objective import Objective
 from .paths import Bezier, Line, PathKind, PolyChain, between, theta_of
@@ -21,20 +21,21 @@ from .variants import pieces, with_batch_statistics
 CURVES: dict[PathKind, type[Bezier] | type[PolyChain]] = {"bezier": Bezier, "polychain": PolyChain}
 
 
+@checked
 def fit_path(
     objective: Objective,
     a: Any,
     b: Any,
     *,
     kind: PathKind = "bezier",
-    bends: int = 1,
-    epochs: int = 100,
-    batch_size: int = 64,
-    learning_rate: float = 0.2,
-    momentum: float = 0.9,
-    weight_decay: float = 5e-4,
-    seed: int = 0,
-    checkpoint: str | FilePath | None = None,
+    bends: AtLeastOne = 1,
+    epochs: AtLeastOne = 100,
+    batch_size: AtLeastOne = 64,
+    learning_rate: Positive = 0.2,
+    momentum: ShareOrZero = 0.9,
+    weight_decay: NotNegative = 5e-4,
+    seed: Seed = 0,
+    checkpoint: File | None = None,
     progress: Progress = None,
 ) -> Bezier | PolyChain:
     r"""A curve from a to b along which the loss is low: its `bends` inner control points are trained, the ends stay.
@@ -46,7 +47,6 @@ def fit_path(
     $\phi(t)$, times what a control point contributes there, is that point's gradient. Costs `epochs` gradients. `checkpoint`: a file from which a killed
     training goes on to the same curve, bit for bit.
     """
-    _check(kind, bends, epochs, batch_size, learning_rate)
     first, last = objective.network(a), objective.network(b)
     line = Line(first, last)
     start = torch.stack([theta_of(line(j / (bends + 1))) for j in range(1, bends + 1)])
@@ -110,10 +110,3 @@ def _epoch(parts: list[tuple[float, Objective]], seed: int, epoch: int) -> Itera
 def _factor(progress: float) -> float:
     """Of the learning rate: 1 up to a half, then linearly to 0.01 at nine tenths."""
     return 1.0 if progress <= 0.5 else max(0.01, 1 - 0.99 * (progress - 0.5) / 0.4)
-
-
-def _check(kind: str, bends: int, epochs: int, batch_size: int, learning_rate: float) -> None:
-    if kind not in get_args(PathKind):
-        raise ValueError(f"fit_path(kind={kind!r}): choose from {', '.join(get_args(PathKind))}.")
-    if min(bends, epochs, batch_size) < 1 or not (learning_rate > 0 and math.isfinite(learning_rate)):
-        raise ValueError(f"fit_path(bends={bends}, epochs={epochs}, batch_size={batch_size}, learning_rate={learning_rate}) needs positive numbers.")

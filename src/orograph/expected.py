@@ -23,12 +23,14 @@ from .arguments import NotADirectory, Range, shown
 
 Read = Callable[[Any], Any]  # the value as it is used; raises TypeError or ValueError: what is wrong
 CURES = {  # what to do, by the class that is asked for
-    "LinearOperator": ", which hessian(objective) or LinearOperator.from_dense(A) makes",
-    "Objective": ", which Objective(model, criterion, data) makes",
-    "Optimizer": ", the torch optimiser that trains the model",
-    "Point": ", which objective.point(source) makes",
-    "Surface": ", such as record['surface']",
-    "Table": ", such as record['points']",
+    "LinearOperator": "hessian(objective) and LinearOperator.from_dense(A) make one.",
+    "Objective": "Make one: Objective(model, criterion, data).",
+    "Optimizer": "Pass the torch optimiser that trains the model.",
+    "Point": "objective.point(source) makes a Point.",
+    "Plane": "Make one: Plane(origin, u, v).",
+    "Record": "measure(objective, name) makes a Record, load_records(folder) reads them.",
+    "Surface": "Pass record['surface'].",
+    "Table": "Pass record['points'].",
 }
 
 
@@ -38,6 +40,7 @@ class Expected:
 
     words: str
     read: Read
+    cure: str = ""
 
 
 def expectation(hint: Any, measured: bool) -> Expected:
@@ -133,7 +136,7 @@ def _union(hints: Sequence[Any], measured: bool) -> Expected:
                 continue
         raise max(wrong, key=lambda error: len(str(error))) if wrong else TypeError
 
-    return Expected(_joined([option.words for option in options]), read)
+    return Expected(_joined([option.words for option in options]), read, next((option.cure for option in options if option.cure), ""))
 
 
 def _mapping(arguments: Sequence[Any], measured: bool) -> Expected:
@@ -206,15 +209,16 @@ def _instance(hint: Any) -> Expected:
         bool: "True or False",
         str: "a text",
         nn.Module: "an nn.Module",
-        Tensor: "a tensor with values on the CPU or a GPU",
+        Tensor: "a tensor",
     }
     read = {bool: _flag, Tensor: _tensor}.get(hint, functools.partial(_of_class, hint))
     return Expected(
         words.get(
             hint,
-            f"{'an' if hint.__name__[0] in 'AEIO' else 'a'} {hint.__name__}{CURES.get(hint.__name__, '')}",
+            f"{'an' if hint.__name__[0] in 'AEIO' else 'a'} {hint.__name__}",
         ),
         read,
+        CURES.get(hint.__name__, ""),
     )
 
 

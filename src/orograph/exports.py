@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import checked
 from .paper import PAPER_FORMATS, View, draw_paper
 from .results import Surface, Table
 
@@ -19,6 +20,7 @@ WORDS = ("label", "unit", "xlabel", "ylabel", "note")
 MISSING = -1.0  # what the older files hold where a loss was not evaluated
 
 
+@checked
 def save_surface(surface: Surface, path: str | Path, *, marks: Table | None = None, view: View = "contours") -> Path:
     """Write a surface to `path`: .npz (x, y, z, error), .csv (a line for each point), .vtk (a structured grid whose height is z, for ParaView), or a figure: .png, .svg, .pdf.
 
@@ -26,14 +28,10 @@ def save_surface(surface: Surface, path: str | Path, *, marks: Table | None = No
     figure, such as record["points"] or record["path"] · `view`: "contours" or "relief". Figures need `orograph[figures]`.
     """
     path = Path(path)
-    if not isinstance(surface, Surface):
-        raise TypeError(f"save_surface needs a Surface, got {type(surface).__name__}. Use record['surface'].")
     if marks is not None and not {"s", "t"} <= set(marks.columns):
         raise ValueError(f"save_surface(marks=...) needs a table with columns s and t, such as record['points'], got {', '.join(marks.columns)}.")
     if path.suffix not in FORMATS + PAPER_FORMATS:
         raise ValueError(f"save_surface(path={str(path)!r}) knows {', '.join(FORMATS + PAPER_FORMATS)}. Choose one of these endings.")
-    if view not in get_args(View):
-        raise ValueError(f"save_surface(view={view!r}): choose from {', '.join(get_args(View))}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix in PAPER_FORMATS:
         draw_paper(surface, path, marks.rows if marks is not None else [], view)
@@ -61,6 +59,7 @@ def _vtk(x: Floats, y: Floats, z: Floats, label: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+@checked
 def load_surface(path: str | Path, *, quantity: str = "train_loss") -> Surface:
     """Read a surface: an .npz that `save_surface` wrote, or an .h5 of tomgoldstein/loss-landscape (Li et al. 2018, arXiv:1712.09913), which needs `orograph[hdf5]`.
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from .arguments import AtLeastOne, AtLeastTwo, Seed
 from .batches import is_pair
+from .checks import checked
 from .copies import isolated
 from .criteria import as_criterion
 from .errors import NotDeterministic
@@ -53,6 +55,7 @@ class Objective:
     _metrics: Mapping[str, Metric]
     _batch_size: int | None
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -64,17 +67,18 @@ class Objective:
         mode: Mode = "eval",
         count: Count | None = None,
         metrics: Mapping[str, Metric] | None = None,
-        batch_size: int | None = None,
+        batch_size: AtLeastOne | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_model(model, mode, dtype)
+        check_model(model, dtype)
         model = unwrapped(model)
         place = torch.device(device) if device is not None else None
         recipe = Recipe(model, as_criterion(criterion, model, place, dtype), None, forward, count)
         self._fill(take_snapshot(model, params, mode, place, dtype), recipe, data, metrics or {}, batch_size)
 
     @classmethod
+    @checked
     def from_batch_loss(
         cls,
         model: nn.Module,
@@ -90,9 +94,7 @@ class Objective:
         `batch_loss(model, batch) -> (total, count)`, and $L = \sum_b total_b / \sum_b count_b$; a bare scalar only where there is one
         batch. Each element of `data` is passed as it is, with gradients enabled. `metrics`: functions of (model, batch).
         """
-        check_model(model, mode, None)
-        if not callable(batch_loss):
-            raise TypeError(f"batch_loss is a {type(batch_loss).__name__}. Pass batch_loss(model, batch) -> (total, count).")
+        check_model(model, None)
         model = unwrapped(model)
         recipe = Recipe(model, None, batch_loss, None, None)
         return cls.__new__(cls)._fill(take_snapshot(model, params, mode, None, None), recipe, data, metrics or {}, None)
@@ -237,6 +239,7 @@ class Objective:
 
     # -- other points, other data --------------------------------------------------------------------------------------------
 
+    @checked
     def point(self, source: Source = None, *, label: str | None = None) -> Point:
         """The setting that `source` holds, as a Point of this network; None: where this objective stands.
 
@@ -250,6 +253,7 @@ class Objective:
             source = source.point()
         return read_point(source, own, self._snapshot.users.slots, self.layout, label)
 
+    @checked
     def network(self, source: Source, *, label: str | None = None) -> Point:
         """As `point`, for comparing whole networks: refuses what is not one, or differs outside `params`."""
         own = self._snapshot.point
@@ -260,12 +264,14 @@ class Objective:
             raise ValueError(f"the two networks differ in {name!r}, which is outside params={list(self.names)}. Widen params, or compare networks that share it.")
         return point
 
+    @checked
     def like(self, snapshot: Snapshot, terms: Terms) -> Objective:
         """The same measurement with another snapshot or other terms, which are taken as proven."""
         other = Objective.__new__(Objective)
         other._snapshot, other._terms, other._metrics, other._batch_size = snapshot, terms, self._metrics, self._batch_size
         return other
 
+    @checked
     def at(self, source: Source) -> Objective:
         """The same loss on the same data at another point (whatever `point` takes)."""
         return self.like(replace(self._snapshot, point=self.point(source)), self._terms)
@@ -276,6 +282,7 @@ class Objective:
         s.users.check_modules()
         return self.at(snapshot_point(s.users.slots, s.layout, device=self.device, dtype=s.dtype, label=self.label))
 
+    @checked
     def on(self, data: Any) -> Objective:
         """The same loss at the same point on other data, read and proven anew."""
         batch_size = self._batch_size if is_pair(data) or isinstance(data, Dataset) else None
@@ -285,18 +292,21 @@ class Objective:
         terms, volatile = prove_terms(self._snapshot, replace(self.recipe, writes=writes), batches)
         return self.like(replace(self._snapshot, volatile=volatile), terms)
 
-    def sample(self, n: int, seed: int) -> Objective:
+    @checked
+    def sample(self, n: AtLeastOne, seed: Seed) -> Objective:
         """The same loss on `n` examples drawn without replacement. What that costs in certainty: `data_error`."""
-        if not 1 <= n <= self.examples:
+        if n > self.examples:
             raise ValueError(f"sample(n={n}) needs 1 <= n <= {self.examples}, the number of examples.")
         return self.picked(torch.randperm(self.examples, generator=torch.Generator().manual_seed(seed))[:n])
 
-    def split(self, parts: int, seed: int) -> list[Objective]:
+    @checked
+    def split(self, parts: AtLeastTwo, seed: Seed) -> list[Objective]:
         """The same loss on `parts` disjoint random subsets of (nearly) equal size."""
-        if not 2 <= parts <= self.examples:
+        if parts > self.examples:
             raise ValueError(f"split(parts={parts}) needs 2 <= parts <= {self.examples}, the number of examples.")
         return [self.picked(rows) for rows in torch.randperm(self.examples, generator=torch.Generator().manual_seed(seed)).tensor_split(parts)]
 
+    @checked
     def picked(self, rows: Tensor) -> Objective:
         """The same loss on the examples with these indices, in the batches that they came in."""
         if not self.divisible:
@@ -305,6 +315,7 @@ class Objective:
             raise NotDeterministic("choosing examples needs them in one fixed order. Use shuffle=False.")
         return self.on(self._terms.batches.picked(rows))
 
+    @checked
     def state_dict(self, point: Source = None) -> dict[str, Any]:
         """A point as a checkpoint of the model: what `model.state_dict()` would hold there, in the model's own precision."""
         return self.at(point)._snapshot.state_dict()

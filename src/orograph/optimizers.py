@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import NAdam, Optimizer
 
+from .checks import checked
 from .objective import Objective
 
 Group = Mapping[str, Any]  # one of optimizer.param_groups
@@ -27,6 +28,7 @@ State = Mapping[str, Any]  # optimizer.state of one parameter
 REGIME = "full batch, P held fixed, positive curvature; noise of mini-batches makes training unstable below this edge"
 
 
+@checked
 @dataclass(frozen=True)
 class Edge:
     """Where an optimiser turns unstable: at `lambda_max(P^-1 H) = threshold`, with P from `preconditioner`.
@@ -80,6 +82,7 @@ class Rule:
     divisor: Callable[[State, Group], Tensor] | None
 
 
+@checked
 def edge(optimizer: Optimizer) -> Edge:
     r"""The number that $\lambda_{max}(P^{-1} H)$ must stay below for `optimizer` to be stable at full batch.
 
@@ -95,6 +98,7 @@ def edge(optimizer: Optimizer) -> Edge:
     return Edge(_threshold(motion, rule), motion.rate, f"{decay} / lr{shift}")
 
 
+@checked
 def preconditioner(optimizer: Optimizer, objective: Objective) -> Tensor:
     r"""The diagonal of P (n,) in the order of theta: the spectrum of $P^{-1} H$ has `edge(optimizer).threshold` as its edge.
 

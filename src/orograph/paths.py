@@ -12,12 +12,14 @@ import torch
 from scipy.integrate import quad
 from torch import Tensor
 
+from .checks import checked
 from .results import Point
 
 Place = Point | Tensor
 PathKind = Literal["bezier", "polychain"]
 
 
+@checked
 @dataclass(frozen=True)
 class Line:
     r"""The straight line $\theta(t) = (1 - t)\,a + t\,b$ between two Points, running statistics included, or two flat tensors."""
@@ -30,10 +32,12 @@ class Line:
         """Its control points."""
         return self.a, self.b
 
+    @checked
     def weights(self, t: float) -> Tensor:
         """What each control point contributes at t."""
         return torch.tensor([1 - t, t], dtype=torch.float64)
 
+    @checked
     def __call__(self, t: float) -> Place:
         """The place at `t`; 0 is a, 1 is b."""
         return mixture(self.points, self.weights(t), f"t = {t:.3g}")
@@ -43,17 +47,20 @@ class Line:
         return math.sqrt(_steps(self.points)[0, 0])
 
 
+@checked
 @dataclass(frozen=True)
 class Bezier:
     r"""Bezier curve $\theta(t) = \sum_j \binom nj t^j (1-t)^{n-j} P_j$ through the first and the last of n + 1 Points or flat tensors."""
 
     points: Sequence[Place]
 
+    @checked
     def weights(self, t: float) -> Tensor:
         """What each control point contributes at t."""
         n = len(self.points) - 1
         return torch.tensor([math.comb(n, j) * t**j * (1 - t) ** (n - j) for j in range(n + 1)], dtype=torch.float64)
 
+    @checked
     def __call__(self, t: float) -> Place:
         """The place at `t`."""
         return mixture(self.points, self.weights(t), f"t = {t:.3g}")
@@ -69,17 +76,20 @@ class Bezier:
         return float(quad(speed, 0, 1, epsrel=1e-8)[0])
 
 
+@checked
 @dataclass(frozen=True)
 class PolyChain:
     """Straight pieces through Points or flat tensors, each taking the same share of [0, 1]."""
 
     points: Sequence[Place]
 
+    @checked
     def weights(self, t: float) -> Tensor:
         """What each control point contributes at t."""
         place = torch.arange(len(self.points), dtype=torch.float64)
         return (1 - (t * (len(self.points) - 1) - place).abs()).clamp(min=0)
 
+    @checked
     def __call__(self, t: float) -> Place:
         """The place at `t`."""
         return mixture(self.points, self.weights(t), f"t = {t:.3g}")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .arguments import AtLeastTwo
 from .chebyshev import interpolation_matrix, nodes
 from .grids import FLAT, Place, Sampled, even
 from .linalg.operator import LinearOperator
@@ -26,7 +26,7 @@ FAILS = 0.1  # of the picture's range, by which the quadratic model is off where
 PILOT = 256  # examples from which the number needed is told
 MOST = 8  # minima that are told, and evaluated
 DOUBTFUL = 0.25  # of the picture's size outside the plane, or of its range between true and in-plane loss
-Examples = int | Literal["enough"] | None
+Examples = AtLeastTwo | Literal["enough"] | None
 
 
 @dataclass(frozen=True)
@@ -123,18 +123,6 @@ def _relative(samples: Samples, direction: Tensor) -> str:
     origin = samples.plane.origin
     theta = origin.theta if isinstance(origin, Point) else origin
     return f"{float(direction.norm()) / max(float(theta.norm()), 1e-300):.3g} |w|"
-
-
-def check_examples(probe: str, examples: object) -> None:
-    """ValueError for what is no number of examples."""
-    if examples is not None and examples != "enough" and (isinstance(examples, bool) or not isinstance(examples, Integral) or examples < 2):
-        raise ValueError(f'{probe}(examples={examples!r}): give a number of examples from 2, "enough", or None for all.')
-
-
-def check_resolution(probe: str, resolution: object) -> None:
-    """ValueError for what is no number of points a side."""
-    if isinstance(resolution, bool) or not isinstance(resolution, Integral) or resolution < 3:
-        raise ValueError(f"{probe}(resolution={resolution!r}) needs a whole number of points a side, 3 at least.")
 
 
 def sampled_data(objective: Objective, plane: Plane, examples: Examples, *, span: float, tol: float, seed: int) -> tuple[Objective, int]:

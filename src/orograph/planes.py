@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .checks import checked
 from .crowds import losses_of
 from .objective import Objective
 from .paths import Place, theta_of
@@ -20,6 +21,7 @@ LENGTH_EVALUATIONS = 2  # that `curvature_length` takes
 Normalisation = Literal["filter", "layer", "whole"]
 
 
+@checked
 @dataclass(frozen=True)
 class Plane:
     r"""$(s, t) \mapsto$ `origin` + s `u` + t `v`, for a Point or a flat tensor and two directions (n,). A Point's running statistics stay those of the origin."""
@@ -28,6 +30,7 @@ class Plane:
     u: Tensor
     v: Tensor
 
+    @checked
     def __call__(self, s: float, t: float) -> Place:
         """The place at (s, t)."""
         step = s * self.u + t * self.v
@@ -35,6 +38,7 @@ class Plane:
             return replace(self.origin, theta=self.origin.theta + step.to(self.origin.theta), label=f"({s:.3g}, {t:.3g})")
         return self.origin + step.to(self.origin)
 
+    @checked
     def coordinates(self, place: Place) -> tuple[float, float, float]:
         """(s, t, distance from the plane) of a place: the nearest point of the plane, also where u and v are not orthogonal."""
         step = (theta_of(place) - theta_of(self.origin)).double()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from scipy import stats
@@ -149,12 +149,6 @@ def remarks(ends: Any, policy: str) -> str:
     unequal = unequal_losses({row["name"]: float(row["loss"]) for row in ends.rows})
     said = "" if policy == "as they are" else f"Along the path: {policy}."
     return "".join(f" {text}" for text in (unequal, said) if text)
-
-
-def check_statistics(probe: str, statistics: Any) -> None:
-    """ValueError for an unknown policy."""
-    if statistics not in get_args(Statistics):
-        raise ValueError(f"{probe}(statistics={statistics!r}): choose from {', '.join(get_args(Statistics))}.")
 
 
 def half_width(first: PerExample | None, last: PerExample | None, peak: PerExample | None, share: float) -> float:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
+from .checks import checked
 from .encoding import Json, decode, encode
 from .errors import OrographWarning, RecordError
 from .results import Curve, Result, Status, Table
@@ -39,6 +40,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+@checked
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Record:
     """One measurement of one network by one probe.
@@ -130,6 +132,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class Records:
     """An immutable sequence of records; a slice is again Records."""
@@ -174,6 +177,7 @@ class Records:
         return pandas.DataFrame(rows, columns=columns + tags)
 
 
+@checked
 def save_records(records: Record | Iterable[Record], folder: str | os.PathLike[str], *, vectors: bool = False) -> None:
     """Append `records` to `folder`, which is made if need be. `vectors`: eigenvectors too (n numbers for each pair)."""
     folder = Path(folder)
@@ -213,6 +217,7 @@ def _append_line(path: Path, line: bytes) -> None:
         os.close(descriptor)
 
 
+@checked
 def load_records(folder: str | os.PathLike[str]) -> Records:
     """All records of `folder`, in the order in which they were saved. An unfinished line is skipped with a warning."""
     folder = Path(folder)

@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
+from .checks import check_settings, checked, refusal
 from .objective import Objective
 from .progress import Progress
 from .records import Record, Records
@@ -64,7 +66,8 @@ _probes: dict[str, Probe] = {}
 def probe(function: F) -> F: ...
 @overload
 def probe(*, says: Says | None = None) -> Callable[[F], F]: ...
-def probe(function: F | None = None, *, says: Says | None = None) -> F | Callable[[F], F]:
+@checked
+def probe(function: Callable[..., Any] | None = None, *, says: Says | None = None) -> Any:
     """Register a measurement under the function's name: `f(subject, *points, *, settings) -> {name: result}`.
 
     `subject` is a `Subject`; the networks that the probe compares are positional parameters, its settings keyword-only with JSON
@@ -97,6 +100,7 @@ def find_probe(name: str) -> Probe:
     return _probes[name]
 
 
+@checked
 def measure(
     objective: Objective,
     name: str,
@@ -115,6 +119,7 @@ def measure(
     return _measure(Subject(objective, held_out, progress), find_probe(name), points, dict(tags or {}), settings)
 
 
+@checked
 def measure_all(
     objective: Objective,
     names: Iterable[str],
@@ -128,9 +133,9 @@ def measure_all(
 
     Points go to the probes that take some. Each record says the products that it spent and those of others that it could use.
     """
-    if isinstance(names, str):
-        raise TypeError(f"measure_all takes a list of names: [{names!r}].")
     chosen = [find_probe(name) for name in names]
+    if not chosen or len({one.name for one in chosen}) < len(chosen):
+        raise refusal("measure_all", "names", names, f"the names of probes, each once. There are: {', '.join(list_probes())}.")
     strangers = set(settings or {}) - {p.name for p in chosen}
     if strangers:
         raise ValueError(f"measure_all(settings=...) names {', '.join(sorted(strangers))}, which is not among the probes asked for.")
@@ -141,6 +146,7 @@ def measure_all(
     return Records([records[one.name] for one in chosen])
 
 
+@checked
 def connect(objective: Objective, a: Any, b: Any, *, held_out: Objective | None = None, progress: Progress = None, **settings: Any) -> Record:
     """How two networks are connected, and their merged network: `measure(objective, "connectivity", a, b)`; `record["merged"]` is a Point."""
     return measure(objective, "connectivity", a, b, held_out=held_out, progress=progress, **settings)
@@ -151,6 +157,7 @@ def _measure(subject: Subject, one: Probe, points: tuple[Any, ...], tags: dict[s
     unknown = set(settings) - set(one.settings)
     if unknown:
         raise TypeError(f"{one.name} has no setting {', '.join(sorted(unknown))}. It has: {', '.join(one.settings) or 'none'}.")
+    settings = check_settings(one.function, one.name, settings)
     before, began = subject.shared.products, time.perf_counter()
     results = one.function(subject, *networks, **settings)
     spent = subject.shared.products - before
@@ -181,6 +188,8 @@ def _described(value: Any) -> Any:
     """A setting as a record keeps it: JSON as it is, networks by name and fingerprint of their weights, all else by type."""
     if value is None or isinstance(value, str | int | float):
         return value
+    if isinstance(value, Path):
+        return str(value)
     if isinstance(value, Point):
         return f"Point {value.label!r}, weights {fingerprint([value.theta, *value.buffers.values(), *value.frozen.values()])}"
     if isinstance(value, Objective):
@@ -198,8 +207,6 @@ def _described(value: Any) -> Any:
 
 def _networks(subject: Subject, one: Probe, points: tuple[Any, ...]) -> list[Point]:
     """The points given to a probe, read; TypeError if they are too few or too many."""
-    if subject.held_out is not None and not isinstance(subject.held_out, Objective):
-        raise TypeError(f"held_out is a {type(subject.held_out).__name__}, not an Objective. Use held_out=objective.on(data).")
     if subject.held_out is not None and subject.held_out.terms().batches.reading.fingerprint == subject.objective.terms().batches.reading.fingerprint:
         raise ValueError("held_out holds the very data of the objective, so it tells nothing new. Use held_out=objective.on(other_data).")
     if subject.held_out is not None and subject.held_out.names != subject.objective.names:

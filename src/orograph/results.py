@@ -16,6 +16,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from .arguments import AnyNumber, Positive, Share
+from .checks import checked
+
 Status = Literal["converged", "noise-limited", "budget-limited"]
 WIDE = 30.0  # the factor between the extremes of positive values from which a picture needs a logarithmic scale
 UNEQUAL = 0.05  # share of the larger loss by which two networks may differ before it is said
@@ -38,6 +41,7 @@ def unequal_losses(losses: Mapping[str, float]) -> str:
     return f"The networks have unequal losses: {', '.join(f'{loss:.3g} ({name})' for name, loss in shown)}."
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     r"""A number, or a tensor of them, with the error that it is known to.
@@ -57,15 +61,14 @@ class Estimate:
     least: float = -math.inf
     most: float = math.inf
 
-    def interval(self, level: float = 0.95) -> tuple[float | Tensor, float | Tensor]:
+    @checked
+    def interval(self, level: Share = 0.95) -> tuple[float | Tensor, float | Tensor]:
         r"""Lower and upper end of the two-sided interval that contains the true value with probability `level`.
 
         Student's $t$ on either side; the side of the long tail reaches `skew` $(z^2 + 2) / 12$ standard errors farther. That is the
         Cornish-Fisher shift for a studentised mean of quadratic forms (cumulants $-\gamma/4$, $-\gamma/2$: `sem` rises with the
         value). The short side keeps its $t$: the skewness is itself an estimate, and shifting both ends costs coverage.
         """
-        if not 0.0 < level < 1.0:
-            raise ValueError(f"interval(level={level}) needs a probability between 0 and 1, such as 0.95.")
         normal = float(stats.norm.ppf(0.5 + level / 2))
         reach = float(stats.t.ppf(0.5 + level / 2, self.dof)) if math.isfinite(self.dof) else normal
         farther = self.skew * (normal**2 + 2) / 12
@@ -74,6 +77,7 @@ class Estimate:
         return lower, upper
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Eigenpairs:
     r"""Eigenvalues and eigenvectors of a symmetric operator, each with its true residual.
@@ -95,6 +99,7 @@ class Eigenpairs:
     unit: str = ""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Density:
     r"""Distribution of an operator's eigenvalues: exact atoms plus a quadrature rule for the rest.
@@ -116,7 +121,8 @@ class Density:
     xlabel: str = "eigenvalue"
     ylabel: str = "density"
 
-    def pdf(self, x: Tensor) -> Tensor:
+    @checked
+    def pdf(self, x: Tensor | float) -> Tensor:
         """Density at `x`, smoothed by a Gaussian of standard deviation `width`; integrates to 1 with its atoms."""
         x = torch.as_tensor(x, dtype=torch.float64)
         centres = torch.cat([self.nodes.double().flatten(), self.atoms.double()])
@@ -125,14 +131,16 @@ class Density:
         heights = torch.exp(-0.5 * scaled**2) / (self.width * math.sqrt(2 * math.pi))
         return (heights @ masses).reshape(x.shape)
 
-    def cdf(self, x: Tensor) -> Tensor:
+    @checked
+    def cdf(self, x: Tensor | float) -> Tensor:
         """Share of eigenvalues <= x, from the nodes as they are (no kernel)."""
         x = torch.as_tensor(x, dtype=torch.float64)
         centres = torch.cat([self.nodes.double().flatten(), self.atoms.double()])
         masses = torch.cat([self.weights.double().flatten() / len(self.weights), self._atom_masses()])
         return ((centres <= x.reshape(-1, 1)).double() @ masses).reshape(x.shape)
 
-    def mass(self, low: float, high: float) -> Estimate:
+    @checked
+    def mass(self, low: AnyNumber, high: AnyNumber) -> Estimate:
         """Share of eigenvalues in [low, high), with its standard error over the samples."""
         inside = (self.nodes >= low) & (self.nodes < high)
         atoms = float(((self.atoms >= low) & (self.atoms < high)).sum()) / self.size
@@ -145,6 +153,7 @@ class Density:
         return torch.full((len(self.atoms),), 1.0 / self.size, dtype=torch.float64)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Spectrum:
     """What is known of one operator's spectrum: both ends, trace, density, and what follows from them.
@@ -164,16 +173,16 @@ class Spectrum:
     label: str = "spectrum"
     unit: str = ""
 
-    def effective_dimension(self, z: float) -> float:
+    @checked
+    def effective_dimension(self, z: Positive) -> float:
         r"""$\sum_i \lambda_i / (\lambda_i + z)$ over the positive eigenvalues: how many directions are steeper than about `z` > 0."""
-        if z <= 0:
-            raise ValueError(f"effective_dimension(z={z}) needs z > 0: it is the curvature below which a direction counts as flat.")
         d = self.density
         nodes, atoms = d.nodes.double().clamp(min=0), d.atoms.double().clamp(min=0)
         bulk = (d.weights.double() * nodes / (nodes + z)).sum() / len(d.weights) * d.size
         return float(bulk + (atoms / (atoms + z)).sum())
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Curve:
     """A quantity along one axis: `x`, `y` (m,), and `error` (m,), the standard error of each `y`, or None."""
@@ -198,6 +207,7 @@ def lowest_shown(values: Tensor, *, always: bool = False) -> float | None:
     return low if always or (float(finite.min()) >= -rounding and high > WIDE * low) else None
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Surface:
     """A quantity over a plane: `z[i, j]` at (x[i], y[j]); `error`: the standard error of each `z`'s difference to the one at a place of reference (a probe says which), or None; `evaluations` of the loss spent; `note`: what to know of the picture; `logarithmic`: its scale, None: where positive values span a factor of 30 · `status`: whether its own error is what was asked for."""
@@ -226,6 +236,7 @@ class Surface:
         return None if self.logarithmic is False else lowest_shown(self.z, always=self.logarithmic is True)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """Rows of named values. `draw` says how a report shows them; `x`, `y` name the columns that a drawing uses."""
@@ -249,6 +260,7 @@ class Table:
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Point:
     """One setting of a network: everything that its function depends on.

@@ -132,13 +132,9 @@ def take_snapshot(model: nn.Module, params: str | Sequence[str] | None, mode: Mo
     return Snapshot(model, slots, layout, mode, dtype, dtypes, users, point, (torch.get_default_dtype(), torch.get_default_device()))
 
 
-def check_model(model: Any, mode: Any, dtype: Any) -> None:
-    """TypeError or ValueError for what is no network, no mode or no precision."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, not an nn.Module.")
+def check_model(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """TypeError for what is no network or no precision."""
     if isinstance(model, _Loss):
         raise TypeError(f"model is a {type(model).__name__}, which is a loss. The network comes first: Objective(model, criterion, data).")
-    if mode not in ("eval", "batch"):
-        raise ValueError(f'mode={mode!r}: choose "eval" (running statistics) or "batch" (BatchNorm on each batch\'s own statistics).')
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"dtype={dtype!r} needs a floating-point torch dtype, such as torch.float64.")

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from .arguments import AtLeastOne
+from .checks import checked
 from .curvature import ggn, hessian
 from .linalg.lanczos import Krylov, krylov_from
 from .linalg.low_rank import LowRank
@@ -35,6 +37,7 @@ class Shared:
         return self.elsewhere + sum(op.products for op in self.operators.values())
 
 
+@checked
 @dataclass
 class Subject:
     """What a probe measures: the `objective` at its point, `held_out` data where given; and where it says what it could not.
@@ -54,6 +57,7 @@ class Subject:
         """Products of earlier probes that this one did not have to spend."""
         return sum(self.used.values())
 
+    @checked
     def once(self, name: str, find: Callable[[], T]) -> T:
         """What `find` returns, found once per measurement whoever asks for `name`."""
         if name in self.shared.findings:
@@ -66,6 +70,7 @@ class Subject:
         self.shared.findings[name] = found, self.shared.products - before
         return found
 
+    @checked
     def operator(self, name: str, make: Callable[[Objective], LinearOperator]) -> LinearOperator:
         """An operator at the objective's point, built and proven once per measurement."""
         if name not in self.shared.operators:
@@ -97,7 +102,8 @@ class Subject:
         name = there[-1] if there and not settings else f"spectrum {SPECTRUM | settings}"
         return self.once(name, lambda: spectrum_and_low_rank(self.hessian(), progress=self.progress, **(SPECTRUM | settings)))
 
-    def gradient_krylov(self, steps: int = GRADIENT_STEPS) -> Krylov | None:
+    @checked
+    def gradient_krylov(self, steps: AtLeastOne = GRADIENT_STEPS) -> Krylov | None:
         r"""Lanczos on the Hessian from the gradient: $\operatorname{span}(g, Hg, ..., H^{m-1} g)$; None where the gradient is exactly zero."""
         g = self.gradient()
         return self.once(f"gradient krylov {steps}", lambda: krylov_from(self.hessian(), g, steps) if bool(g.any()) else None)

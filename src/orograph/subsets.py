@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import torch
 
+from .arguments import AtLeastThree, Seed
+from .checks import checked
 from .errors import OrographWarning
 from .objective import Objective
 from .results import Eigenpairs, Estimate
@@ -16,7 +18,8 @@ from .results import Eigenpairs, Estimate
 Statistic = Callable[[Objective], Estimate | Eigenpairs | float]
 
 
-def data_error(objective: Objective, statistic: Statistic, *, parts: int = 8, seed: int = 0) -> Estimate:
+@checked
+def data_error(objective: Objective, statistic: Statistic, *, parts: AtLeastThree = 8, seed: Seed = 0) -> Estimate:
     r"""`statistic(objective)` with an error that includes the data: as an estimate for the distribution that the examples come from.
 
     $\mathrm{sem}^2 = \mathrm{sem}_0^2 + \operatorname{Var}_g(t_g) / G$ over G disjoint random subsets, on each of which the statistic $t_g$
@@ -28,8 +31,6 @@ def data_error(objective: Objective, statistic: Statistic, *, parts: int = 8, se
     its error is an OrographWarning, with the bias that a 1/n law puts on the whole, $(\bar t - t) / (G - 1)$.
     Costs the statistic on the whole and on its parts: twice as much. Raises ValueError where batches must not be cut.
     """
-    if not isinstance(parts, int) or parts < 3:
-        raise ValueError(f"data_error(parts={parts!r}) needs at least 3 subsets: fewer leave the error unknown.")
     whole = _number(statistic(objective))
     values = torch.tensor([float(_number(statistic(part)).value) for part in objective.split(parts, seed)], dtype=torch.float64)
     spread = float(values.std()) / math.sqrt(parts)
@@ -41,7 +42,7 @@ def data_error(objective: Objective, statistic: Statistic, *, parts: int = 8, se
             f"on subsets {1 / parts:.0%} as large the value is {abs(lift / value) if value else math.inf:.1%} {direction}: it depends on the amount of data "
             f"(lambda_max is biased upward on samples). On this sample it is off by about {lift / (parts - 1):+.3g} in the same direction.",
             OrographWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     sem = math.hypot(own, spread)
     dof = parts - 1 if own == 0 else min((sem / spread) ** 4 * (parts - 1) if spread else math.inf, 1e9)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..arguments import Count, File, Seed, Steps
+from ..arguments import AtLeastOne, AtLeastTwo, File, Seed
 from ..errors import OutOfBudget
 from ..memory import size_text
 from ..progress import Progress, progress_bar
@@ -23,8 +23,8 @@ _MOMENT_STREAM = 1 << 20  # index of the first vector for the moments: apart fro
 def spectral_density(
     op: LinearOperator,
     *,
-    num_samples: Count = 4,
-    steps: Steps = 60,
+    num_samples: AtLeastOne = 4,
+    steps: AtLeastTwo = 60,
     seed: Seed = 0,
     checkpoint: File | None = None,
     progress: Progress = None,

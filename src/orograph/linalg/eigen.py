@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..arguments import Count, File, Seed, Share
+from ..arguments import AtLeastOne, File, Seed, Share
 from ..checks import refusal
 from ..errors import OutOfBudget
 from ..memory import size_text
@@ -24,12 +24,12 @@ Method = Literal["lanczos", "power", "lobpcg"]
 @in_full_precision
 def eigenpairs(
     op: LinearOperator,
-    k: Count = 1,
+    k: AtLeastOne = 1,
     *,
     which: Which = "largest",
     method: Method = "lanczos",
     tol: Share = 1e-3,
-    max_products: Count | None = None,
+    max_products: AtLeastOne | None = None,
     start: Tensor | None = None,
     seed: Seed = 0,
     checkpoint: File | None = None,

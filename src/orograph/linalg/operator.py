@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ..arguments import Count, NotNegative
+from ..arguments import AtLeastOne, NotNegative
 from ..checks import checked
 from ..errors import OrographError, OutOfBudget
 from ..memory import memory_budget, size_text
@@ -112,7 +112,7 @@ class LinearOperator:
     def __init__(
         self,
         matmat: Matmat,
-        size: Count,
+        size: AtLeastOne,
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
         space: Space | None = None,

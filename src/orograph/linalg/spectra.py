@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..arguments import Count, File, Positive, Seed
+from ..arguments import AtLeastOne, File, Positive, Seed
 from ..checks import refusal
 from ..progress import Progress, progress_bar
 from ..results import Density, Eigenpairs, Estimate, Spectrum, worst_status
@@ -27,9 +27,9 @@ from .search import Goal
 def spectrum(
     op: LinearOperator,
     *,
-    k: Count = 10,
+    k: AtLeastOne = 10,
     rel_error: Positive = 0.01,
-    max_products: Count | None = None,
+    max_products: AtLeastOne | None = None,
     seed: Seed = 0,
     checkpoint: File | None = None,
     progress: Progress = None,

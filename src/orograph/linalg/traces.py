@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from ..arguments import File, Positive, Products, Seed, Steps
+from ..arguments import AtLeastThree, AtLeastTwo, File, Positive, Seed
 from ..errors import OutOfBudget
 from ..memory import size_text
 from ..progress import Progress, progress_bar
@@ -30,7 +30,7 @@ def trace(
     *,
     method: Method = "auto",
     rel_error: Positive | None = 0.05,
-    max_products: Products = 1000,
+    max_products: AtLeastThree = 1000,
     seed: Seed = 0,
     checkpoint: File | None = None,
     progress: Progress = None,
@@ -82,7 +82,7 @@ def trace(
 
 
 @in_full_precision
-def diagonal(op: LinearOperator, *, num_samples: Steps = 100, seed: Seed = 0, progress: Progress = None) -> Estimate:
+def diagonal(op: LinearOperator, *, num_samples: AtLeastTwo = 100, seed: Seed = 0, progress: Progress = None) -> Estimate:
     r"""Diagonal of an operator (n,), with the standard error of each entry (n,).
 
     Mean of $v \odot A v$ over random signs $v$: unbiased, variance $\sum_{j \ne i} A_{ij}^2$ per sample, so a diagonal operator is

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from ..arguments import Grid
 from ..curvature import hessian
 from ..paths import Line
-from ..profiles import Statistics, check_statistics, end_labels, ends_table, remarks, trace_path
+from ..profiles import Statistics, end_labels, ends_table, remarks, trace_path
 from ..progress import progress_bar
 from ..registry import Results, probe
 from ..results import Curve, Estimate, Point, Result, Table
@@ -30,7 +31,7 @@ def _says(results: Results) -> str:
 
 
 @probe(says=_says)
-def barrier(subject: Subject, a: Point, b: Point, *, resolution: int = 25, statistics: Statistics = "interpolated", refine: bool = True, derivatives: bool = False) -> dict[str, Result]:
+def barrier(subject: Subject, a: Point, b: Point, *, resolution: Grid = 25, statistics: Statistics = "interpolated", refine: bool = True, derivatives: bool = False) -> dict[str, Result]:
     r"""Loss and error along $(1-t)\,a + t\,b$ at `resolution` equidistant t, and the barrier by each definition in use.
 
     Each maximum of the loss is refined in its bracket (Brent's method); it stays a lower bound on the barrier, since a narrower peak may lie between. `lower`,
@@ -40,9 +41,6 @@ def barrier(subject: Subject, a: Point, b: Point, *, resolution: int = 25, stati
     $d^\top H d$ along the unit direction d of the line at every t of the grid too, for a gradient and a product each. Costs `resolution` forward passes and up to 36 for the
     refinement, twice with `held_out` data, and as many again where statistics are re-estimated.
     """
-    if not isinstance(resolution, int) or resolution < 3:
-        raise ValueError(f"barrier(resolution={resolution!r}) needs at least 3 points on the line.")
-    check_statistics("barrier", statistics)
     results: dict[str, Result] = {}
     rows: list[dict[str, Any]] = []
     for split, objective in (("train", subject.objective), ("held out", subject.held_out)):

@@ -7,8 +7,9 @@ from itertools import combinations
 from typing import Any
 
 from ..alignment import align
+from ..arguments import Grid, Seed
 from ..paths import Line
-from ..profiles import Profile, Statistics, check_statistics, ends_table, policy_words, remarks, trace_path
+from ..profiles import Profile, Statistics, ends_table, policy_words, remarks, trace_path
 from ..progress import progress_bar
 from ..registry import Results, probe
 from ..results import Point, Result, Table
@@ -25,7 +26,7 @@ def _says(results: Results) -> str:
 
 
 @probe(says=_says)
-def basins(subject: Subject, *points: Point, resolution: int = 11, align_to_first: bool = False, statistics: Statistics = "interpolated", seed: int = 0) -> dict[str, Result]:
+def basins(subject: Subject, *points: Point, resolution: Grid = 11, align_to_first: bool = False, statistics: Statistics = "interpolated", seed: Seed = 0) -> dict[str, Result]:
     r"""Loss barriers on the straight lines between all pairs of K networks, and the tree of the lowest ways.
 
     `pairs`: barrier over the chord for every pair, with its 95 % interval · `minimax`: the lowest barrier over all chains of straight lines between two networks ·
@@ -34,7 +35,6 @@ def basins(subject: Subject, *points: Point, resolution: int = 11, align_to_firs
     """
     if len(points) < 2:
         raise TypeError(f"basins compares two networks or more, got {len(points)}. Use measure(objective, 'basins', a, b, ...).")
-    check_statistics("basins", statistics)
     nets = [points[0], *(align(subject.objective, points[0], point, seed=seed).point for point in points[1:])] if align_to_first else list(points)
     names = [point.label for point in points]
     rows: list[dict[str, Any]] = []

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from ..arguments import AtLeastOne, Positive, Seed
 from ..curvature import preconditioned
 from ..linalg.blocks import TopPair, block_top
 from ..linalg.intervals import Moments, spread
@@ -42,7 +44,7 @@ def _says(results: Results) -> str:
 
 @probe(says=_says)
 def conditioning(
-    subject: Subject, *, optimizer: Any = None, damping: float | None = None, z: float | None = None, batch_size: int = 32, steps: int = 8, tol: float = 0.05, seed: int = 0
+    subject: Subject, *, optimizer: Optimizer | None = None, damping: Positive | None = None, z: Positive | None = None, batch_size: AtLeastOne = 32, steps: AtLeastOne = 8, tol: Positive = 0.05, seed: Seed = 0
 ) -> dict[str, Result]:
     r"""Condition numbers by name, of the Hessian, the Gauss-Newton matrix and the preconditioned Hessian; and where the gradient lies.
 

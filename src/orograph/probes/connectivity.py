@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..alignment import align
+from ..arguments import AtLeastOne, Grid, Positive, Seed, Whole
 from ..curves import fit_path
 from ..errors import OrographError
 from ..objective import Objective
@@ -52,7 +53,7 @@ class Stage:
 
 @probe(says=_says)
 def connectivity(
-    subject: Subject, a: Point, b: Point, *, resolution: int = 11, curve_epochs: int = 100, curve_learning_rate: float = 0.2, batch_size: int = 64, seed: int = 0
+    subject: Subject, a: Point, b: Point, *, resolution: Grid = 11, curve_epochs: Whole = 100, curve_learning_rate: Positive = 0.2, batch_size: AtLeastOne = 64, seed: Seed = 0
 ) -> dict[str, Result]:
     r"""Barriers between two networks: on the straight line, with b's units in a's order, repaired, and on a trained curve.
 
@@ -60,8 +61,6 @@ def connectivity(
     midpoint, the arc length, seconds, and forwards and gradients of the whole data set. What cannot be aligned says so in `missing`. `merged`: the
     midpoint of the best line, repaired, as a Point that `objective.state_dict` turns into a checkpoint. `curve_epochs` of 0: no curve.
     """
-    if resolution < 3 or curve_epochs < 0:
-        raise ValueError(f"connectivity(resolution={resolution}, curve_epochs={curve_epochs}) needs at least 3 points on each path and no negative epochs.")
     objective = subject.objective
     results: dict[str, Result] = {}
     rows: list[dict[str, Any]] = []

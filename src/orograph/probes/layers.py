@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import AtLeastOne, Positive, Seed
 from ..layout import Layout
 from ..linalg.blocks import BlockSums, block_sums, block_top
 from ..progress import progress_bar
@@ -45,7 +46,7 @@ def _flow_sentence(flow: Curve) -> str:
 
 @probe(says=_says)
 def layers(
-    subject: Subject, *, groups: Mapping[str, str | Sequence[str]] | None = None, num_samples: int = 1, tol: float = 0.1, max_products: int = 12, seed: int = 0
+    subject: Subject, *, groups: Mapping[str, str | Sequence[str]] | None = None, num_samples: AtLeastOne = 1, tol: Positive = 0.1, max_products: AtLeastOne = 12, seed: Seed = 0
 ) -> dict[str, Result]:
     r"""Trace, Frobenius norm and largest eigenvalue of every diagonal block of the Hessian, beside the norms of gradient and weights.
 
@@ -57,8 +58,6 @@ def layers(
     The Hessian's outliers come from `spectrum`; what they leave takes `num_samples` products per parameter (and blocks of one entry none to spare), and a
     largest eigenvalue one to `max_products` per block, until its residual is below `tol` of it and no larger one is likely: one or two where the outliers are clear.
     """
-    if num_samples < 1 or max_products < 1 or not tol > 0:
-        raise ValueError(f"layers(num_samples={num_samples}, max_products={max_products}, tol={tol}) needs at least one sample and one product, and tol > 0.")
     objective, op = subject.objective, subject.hessian()
     layout, known = objective.layout, subject.low_rank()
     g, theta = subject.gradient().double(), objective.theta.double()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..arguments import AtLeastTwo, Positive, Seed, Share
 from ..curvature import preconditioned
 from ..linalg.traces import trace
 from ..perturbations import BatchNormPolicy, Draws, Noise
@@ -41,8 +42,8 @@ def _says(results: Results) -> str:
 
 @probe(says=_says)
 def noise(
-    subject: Subject, *, sigmas: Sequence[float] | None = None, pairs: int = 10, kind: Kind = "isotropic", drop: float = 0.1, deviation: float = 0.1,
-    batchnorm: BatchNormPolicy = "frozen", seed: int = 0,
+    subject: Subject, *, sigmas: Sequence[Positive] | None = None, pairs: AtLeastTwo = 10, kind: Kind = "isotropic", drop: Share = 0.1, deviation: Positive = 0.1,
+    batchnorm: BatchNormPolicy = "frozen", seed: Seed = 0,
 ) -> dict[str, Result]:  # fmt: skip
     r"""Loss and accuracy against the size of Gaussian weight noise, beside what the trace predicts.
 
@@ -53,7 +54,6 @@ def noise(
     `batchnorm`: running statistics "frozen" as they are, or "reestimated" for every draw · `layers`: noise in one parameter at a time, at half of
     `sigma_at_drop` (or the window). Costs 2 `pairs` forward passes per sigma and per two parameters, and no product beside the spectrum's (a trace of its own where S is not 1).
     """
-    _check(sigmas, pairs, kind, drop, deviation, batchnorm)
     objective = subject.objective
     scale = _scale(subject, kind)
     work = Noise(objective, pairs, seed, scale, subject.low_rank(), batchnorm)
@@ -216,14 +216,3 @@ def _layers(subject: Subject, work: Noise, base: dict[str, float], sigma: float,
         report(work.forwards + 2 * pairs * (done + 1), work.forwards + 2 * pairs * len(layout.names), name)
         rows.append({"name": name, "sigma": sigma, "value": float(increase.value), "error": float(increase.sem), "accuracy_drop": float(error.value) - base["error"]})
     return Table(rows=rows, x="name", y="value", draw="bars", label="mean increase of the loss by noise in one layer alone")
-
-
-def _check(sigmas: Any, pairs: Any, kind: Any, drop: float, deviation: float, batchnorm: Any) -> None:
-    if sigmas is not None and (not len(sigmas) or not all(sigma > 0 for sigma in sigmas)):
-        raise ValueError(f"noise(sigmas={sigmas!r}) needs positive numbers, or None for a ladder of its own.")
-    if not isinstance(pairs, int) or pairs < 2:
-        raise ValueError(f"noise(pairs={pairs!r}) needs at least 2 antithetic pairs: fewer leave the error unknown.")
-    if kind not in get_args(Kind) or batchnorm not in get_args(BatchNormPolicy):
-        raise ValueError(f"noise(kind={kind!r}, batchnorm={batchnorm!r}): choose kind from {get_args(Kind)}, batchnorm from {get_args(BatchNormPolicy)}.")
-    if not 0 < drop < 1 or not deviation > 0:
-        raise ValueError(f"noise(drop={drop}, deviation={deviation}) needs a drop of accuracy between 0 and 1 and a positive deviation.")

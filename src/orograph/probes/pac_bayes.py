@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..arguments import AtLeastOne, Positive, Seed, Share, Whole
 from ..bounds import binomial_upper, catoni_over_grid, chernoff_upper, gaussian_kl, mcallester, monte_carlo_upper, seeger
 from ..objective import Objective
 from ..progress import Report, progress_bar
@@ -62,8 +63,8 @@ class Setting:
 
 @probe(says=_says)
 def pac_bayes(
-    subject: Subject, *, prior: Any = None, prior_samples: int = 0, posterior: Posterior = "both", delta: float = 0.025, delta_draws: float = 0.01,
-    draws: int = 300, sigmas: Sequence[float] = SIGMAS, seed: int = 0,
+    subject: Subject, *, prior: Any = None, prior_samples: Whole = 0, posterior: Posterior = "both", delta: Share = 0.025, delta_draws: Share = 0.01,
+    draws: AtLeastOne = 300, sigmas: Sequence[Positive] = SIGMAS, seed: Seed = 0,
 ) -> dict[str, Result]:  # fmt: skip
     r"""Upper bounds on the error of the stochastic network N(w, s^2) on new examples, valid with probability 1 - delta - delta_draws.
 
@@ -78,7 +79,7 @@ def pac_bayes(
     Beside it: bounds from `held_out` data, and the trivial one, 1 - 1/classes; `vacuous` is what is not below it. Forward passes only.
     McAllester 1999; Seeger 2002, Maurer 2004, arXiv:cs/0411099; Catoni 2007, arXiv:0712.0248; Dziugaite and Roy 2017, arXiv:1703.11008; Perez-Ortiz et al. 2021, arXiv:2007.12911.
     """
-    _check(subject, prior, prior_samples, posterior, delta, delta_draws, draws, sigmas)
+    _check(subject, prior, prior_samples, delta, delta_draws)
     whole, start = subject.objective, _prior(subject.objective, prior)
     reason = _not_example_by_example(whole)
     if prior is not None and not prior_samples and torch.equal(start.theta, whole.theta):
@@ -261,17 +262,11 @@ def _row(bound: str, posterior: str, value: float, empirical: float, kl: float, 
     return {"bound": bound, "posterior": posterior, "value": value, "empirical": empirical, "kl": kl, "sigma": sigma, "n": n, "delta": delta, "vacuous": vacuous}
 
 
-def _check(subject: Subject, prior: Any, prior_samples: Any, posterior: Any, delta: float, delta_draws: float, draws: Any, sigmas: Sequence[float]) -> None:
+def _check(subject: Subject, prior: Any, prior_samples: int, delta: float, delta_draws: float) -> None:
     examples = subject.objective.examples
-    if not isinstance(prior_samples, int) or not 0 <= prior_samples < examples:
+    if prior_samples >= examples:
         raise ValueError(f"pac_bayes(prior_samples={prior_samples!r}) needs a number from 0 to {examples - 1}: of {examples} examples, the first ones that made the prior.")
     if prior_samples and prior is None:
         raise ValueError(f"pac_bayes(prior_samples={prior_samples}) says which examples made the prior, and no prior= was given. Pass the network trained on them.")
-    if posterior not in get_args(Posterior):
-        raise ValueError(f"pac_bayes(posterior={posterior!r}): choose from {', '.join(get_args(Posterior))}.")
-    if not (0 < delta < 1 and 0 < delta_draws < 1 and delta + delta_draws < 1):
+    if not delta + delta_draws < 1:
         raise ValueError(f"pac_bayes(delta={delta}, delta_draws={delta_draws}) needs two probabilities that add up to less than 1.")
-    if not isinstance(draws, int) or draws < 1:
-        raise ValueError(f"pac_bayes(draws={draws!r}) needs a positive number of weight draws.")
-    if not len(sigmas) or not all(sigma > 0 for sigma in sigmas):
-        raise ValueError(f"pac_bayes(sigmas={sigmas!r}) needs positive numbers, fixed before the data were seen.")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from ..arguments import AtLeastOne, AtLeastTwo, Positive, Seed
 from ..progress import progress_bar
 from ..registry import Results, probe
 from ..results import Result, Table
@@ -29,23 +30,23 @@ def _says(results: Results) -> str:
 def sharpness(
     subject: Subject,
     *,
-    definitions: Sequence[str] | None = None,
-    radius: float = PUBLISHED.radius,
-    adaptive_radius: float = PUBLISHED.adaptive_radius,
-    adaptive_offset: float = PUBLISHED.adaptive_offset,
-    micro_batch: int = PUBLISHED.micro_batch,
-    most_batches: int = PUBLISHED.most_batches,
-    gradients: int = PUBLISHED.gradients,
-    linf_radius: float = PUBLISHED.linf_radius,
-    sigma: float = PUBLISHED.sigma,
-    adaptive_sigma: float = PUBLISHED.adaptive_sigma,
-    pairs: int = PUBLISHED.pairs,
-    epsilons: Sequence[float] = PUBLISHED.epsilons,
-    dimension: int = PUBLISHED.dimension,
-    iterations: int = PUBLISHED.iterations,
+    definitions: str | Sequence[str] | None = None,
+    radius: Positive = PUBLISHED.radius,
+    adaptive_radius: Positive = PUBLISHED.adaptive_radius,
+    adaptive_offset: Positive = PUBLISHED.adaptive_offset,
+    micro_batch: AtLeastOne = PUBLISHED.micro_batch,
+    most_batches: AtLeastOne = PUBLISHED.most_batches,
+    gradients: AtLeastOne = PUBLISHED.gradients,
+    linf_radius: Positive = PUBLISHED.linf_radius,
+    sigma: Positive = PUBLISHED.sigma,
+    adaptive_sigma: Positive = PUBLISHED.adaptive_sigma,
+    pairs: AtLeastTwo = PUBLISHED.pairs,
+    epsilons: Sequence[Positive] = PUBLISHED.epsilons,
+    dimension: AtLeastOne = PUBLISHED.dimension,
+    iterations: AtLeastOne = PUBLISHED.iterations,
     normalize_logits: bool = PUBLISHED.normalize_logits,
-    steps: int = PUBLISHED.steps,
-    seed: int = PUBLISHED.seed,
+    steps: AtLeastOne = PUBLISHED.steps,
+    seed: Seed = PUBLISHED.seed,
 ) -> dict[str, Result]:
     r"""Sharpness by every definition in use, each with its published constants; `definitions` chooses families.
 
@@ -62,22 +63,10 @@ def sharpness(
     strangers = [name for name in wanted if name not in DEFINITIONS]
     if strangers or not wanted:
         raise ValueError(f"sharpness(definitions={definitions!r}): choose from {', '.join(DEFINITIONS)}.")
-    constants = _checked(Constants(**{f.name: given[f.name] for f in fields(Constants)} | {"epsilons": tuple(epsilons)}))
+    constants = Constants(**{f.name: given[f.name] for f in fields(Constants)} | {"epsilons": tuple(epsilons)})
     rows: list[dict[str, Any]] = []
     with progress_bar(subject.progress, "sharpness", unit="definition") as report:
         for done, name in enumerate(wanted, start=1):
             rows += DEFINITIONS[name](subject, constants)
             report(done, len(wanted), name)
     return {"sharpness": Table(rows=rows, x="definition", y="value", label="sharpness by definition")}
-
-
-def _checked(c: Constants) -> Constants:
-    positive = ("radius", "adaptive_radius", "micro_batch", "most_batches", "gradients", "linf_radius", "sigma", "adaptive_sigma", "dimension", "iterations", "steps")
-    for name in positive:
-        if not getattr(c, name) > 0:
-            raise ValueError(f"sharpness({name}={getattr(c, name)!r}) needs a positive number.")
-    if c.pairs < 2:
-        raise ValueError(f"sharpness(pairs={c.pairs}) needs at least 2 antithetic pairs: fewer leave the error unknown.")
-    if not c.epsilons or min(c.epsilons) <= 0:
-        raise ValueError(f"sharpness(epsilons={c.epsilons!r}) needs positive box sizes, such as (1e-3, 5e-4).")
-    return c

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..arguments import AtLeastOne, Positive, Seed
 from ..registry import Results, probe
 from ..results import Result, Spectrum
 from ..subject import Subject
@@ -21,6 +22,6 @@ def _says(results: Results) -> str:
 
 
 @probe(says=_says)
-def spectrum(subject: Subject, *, k: int = 10, rel_error: float = 0.05, max_products: int = 1000, seed: int = 0) -> dict[str, Result]:
+def spectrum(subject: Subject, *, k: AtLeastOne = 10, rel_error: Positive = 0.05, max_products: AtLeastOne = 1000, seed: Seed = 0) -> dict[str, Result]:
     """Both ends, trace and density of the Hessian's eigenvalues; see `orograph.spectrum`."""
     return {"spectrum": subject.spectrum(k=k, rel_error=rel_error, max_products=max_products, seed=seed)}

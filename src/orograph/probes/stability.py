@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from ..arguments import Positive, Seed
 from ..edge_verdicts import WITHHELD, Ratio, optimizer_ratios, other_loss
 from ..optimizers import edge, preconditioner
 from ..progress import progress_bar
@@ -57,7 +59,7 @@ def _verdict_sentence(edges: Table) -> str:
 
 @probe(says=_says)
 def stability(
-    subject: Subject, *, learning_rate: float | None = None, optimizer: Any = None, seed: int = 0
+    subject: Subject, *, learning_rate: Positive | None = None, optimizer: Optimizer | None = None, seed: Seed = 0
 ) -> dict[str, Result]:
     r"""Critical learning rates at a point, by three measures, and how near a given one is to the edge.
 
@@ -75,8 +77,6 @@ def stability(
         raise ValueError(
             "stability(learning_rate=, optimizer=): give one of them; an optimizer brings its own learning rate."
         )
-    if learning_rate is not None and not learning_rate > 0:
-        raise ValueError(f"stability(learning_rate={learning_rate!r}) needs a positive number.")
     P = None if optimizer is None else preconditioner(optimizer, subject.objective)
     results: dict[str, Result] = {}
     if optimizer is None:

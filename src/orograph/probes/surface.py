@@ -6,18 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from ..arguments import AtLeastOne, File, Grid, Positive, Seed
 from ..curvature import hessian
 from ..objective import Objective
 from ..pictures import (
     Examples,
     Picture,
     basin_rows,
-    check_examples,
-    check_resolution,
     draw,
     mark_rows,
     over_directions,
@@ -65,8 +63,8 @@ def _says(results: Results) -> str:
 
 @probe(says=_says)
 def surface(
-    subject: Subject, *points: Point, plane: Any = None, axes: Axes = "random", normalisation: Normalisation = "filter", span: float = 1.0, resolution: int = 51, tol: float = 0.01,
-    max_evaluations: int = 3500, statistics: SurfaceStatistics = "auto", examples: Examples = None, seed: int = 0, seeds: int = 1, store: str | None = None,
+    subject: Subject, *points: Point, plane: Plane | None = None, axes: Axes = "random", normalisation: Normalisation = "filter", span: Positive = 1.0, resolution: Grid = 51, tol: Positive = 0.01,
+    max_evaluations: AtLeastOne = 3500, statistics: SurfaceStatistics = "auto", examples: Examples = None, seed: Seed = 0, seeds: AtLeastOne = 1, store: File | None = None,
 ) -> dict[str, Result]:  # fmt: skip
     r"""The loss over a plane: $L(\theta + s u + t v)$ for (s, t) in [-`span`, `span`]^2, around the own point, through three networks, or in a `plane` given.
 
@@ -91,8 +89,8 @@ def surface(
     data, two with statistics re-estimated; `faithful` has both numbers. Products with the Hessian are counted apart, by the record. Only where the networks given would take two thirds of all
     evaluations, on a picture of some 3 x 3 points, they come on top.
     """
-    _check(points, plane, axes, normalisation, span, resolution, tol, examples, seeds)
-    statistics = chosen_policy("surface", statistics, subject.objective, len(points))
+    _check(points, plane, axes, normalisation, seeds)
+    statistics = chosen_policy(statistics, subject.objective, len(points))
     planes, marks, rise = _planes(subject, points, plane, axes, normalisation, range(seed, seed + int(seeds)))
     _check_axes(planes, normalisation)
     objective, spent = sampled_data(subject.objective, planes[0], examples, span=span, tol=tol, seed=seed)
@@ -216,21 +214,12 @@ def _flat_share(subject: Subject, plane: Plane) -> float:
     return sum(float(part.double().norm()) ** 2 for part in parts if part.ndim < 2) / total if total else 0.0
 
 
-def _check(points: tuple[Point, ...], plane: Any, axes: Any, normalisation: Any, span: float, resolution: int, tol: float, examples: Any, seeds: Any) -> None:
+def _check(points: tuple[Point, ...], plane: Plane | None, axes: Axes, normalisation: Normalisation, seeds: int) -> None:
     if len(points) not in (0, 3):
         raise TypeError(f"surface takes no network (a plane around the own point) or three, got {len(points)}.")
     if points and plane is not None:
         raise ValueError("surface: give three networks or plane=, not both.")
     if (points or plane is not None) and (axes, normalisation) != ("random", "filter"):
         raise ValueError(f"surface: the plane is given, so axes={axes!r} and normalisation={normalisation!r} choose nothing. Leave them out.")
-    if plane is not None and not isinstance(plane, Plane):
-        raise TypeError(f"surface(plane=...) needs an orograph.Plane, got {type(plane).__name__}.")
-    if axes not in get_args(Axes) or normalisation not in get_args(Normalisation):
-        raise ValueError(f"surface(axes={axes!r}, normalisation={normalisation!r}): choose axes from {get_args(Axes)}, normalisation from {get_args(Normalisation)}.")
-    for name, value in (("span", span), ("tol", tol)):
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
-            raise ValueError(f"surface({name}={value!r}) needs a positive number.")
-    check_resolution("surface", resolution)
-    if not isinstance(seeds, Integral) or isinstance(seeds, bool) or int(seeds) < 1 or (int(seeds) > 1 and (points or plane is not None or axes != "random")):
-        raise ValueError(f"surface(seeds={seeds!r}) needs a number from 1, and more than 1 only for random axes, which are what a seed draws.")
-    check_examples("surface", examples)
+    if seeds > 1 and (points or plane is not None or axes != "random"):
+        raise ValueError(f"surface(seeds={seeds}) draws random axes anew, and these are given. Use seeds=1, or axes=\"random\".")

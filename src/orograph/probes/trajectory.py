@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..pictures import Examples, check_examples, check_resolution, draw, mark_rows, own_statistics, sampled_data
+from ..arguments import AtLeastOne, File, Grid, Positive, Seed
+from ..pictures import Examples, draw, mark_rows, own_statistics, sampled_data
 from ..planes import principal_plane
 from ..progress import progress_bar
 from ..registry import Results, probe
@@ -27,7 +28,7 @@ def _says(results: Results) -> str:
 
 @probe(says=_says)
 def trajectory(
-    subject: Subject, *points: Point, resolution: int = 51, tol: float = 0.01, max_evaluations: int = 3500, statistics: SurfaceStatistics = "auto", examples: Examples = None, seed: int = 0, store: str | None = None
+    subject: Subject, *points: Point, resolution: Grid = 51, tol: Positive = 0.01, max_evaluations: AtLeastOne = 3500, statistics: SurfaceStatistics = "auto", examples: Examples = None, seed: Seed = 0, store: File | None = None
 ) -> dict[str, Result]:
     r"""Networks, such as checkpoints of a training in their order, on the plane of their first two principal components through the last of them, over the loss in that plane.
 
@@ -44,10 +45,8 @@ def trajectory(
     """
     if len(points) < 3:
         raise TypeError(f"trajectory takes three networks or more, in the order of the training, got {len(points)}.")
-    check_examples("trajectory", examples)
-    check_resolution("trajectory", resolution)
     plane, variances = principal_plane(points)
-    statistics = chosen_policy("trajectory", statistics, subject.objective, len(points))
+    statistics = chosen_policy(statistics, subject.objective, len(points))
     objective, spent = sampled_data(subject.objective, plane, examples, span=1.0, tol=tol, seed=seed)
     with progress_bar(subject.progress, "trajectory", unit="point") as report:
         samples = Samples(objective, plane, statistics, Path(store) if store else None, lambda done, expected: report(done, expected, ""), reference=plane.coordinates(points[-1])[:2], evaluations=spent, passes=spent)

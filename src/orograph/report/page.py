@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 
+from ..checks import checked
 from ..records import Record, Records, load_records
 
 
+@checked
 def write_report(records_or_folder: Records | Record | Iterable[Record] | str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
     """Write one self-contained HTML file about saved records and return its path.
 
