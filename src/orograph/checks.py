@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import types
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from typing import Any, TypeVar, cast
 
 from .arguments import shown
@@ -19,21 +21,23 @@ from .expected import Expected, expectation
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def checked(function: Function) -> Function:
-    """Check the arguments of every call against the annotations. Of a dataclass: those of its constructor, where a measured number may be NaN or infinite."""
-    if isinstance(function, type):
-        initialise = _wrapped(
-            vars(function)["__init__"],
-            function.__name__,
-            vars(sys.modules[function.__module__]),
-            measured=True,
-        )
-        setattr(function, "__init__", initialise)  # noqa: B010 (mypy refuses an assignment to a method)
-        return function
-    name = function.__qualname__.removesuffix(".__init__").removesuffix(".__call__")
-    return cast(
-        Function, _wrapped(function, name, inspect.unwrap(function).__globals__, measured=False)
-    )
+def checked(thing: Function) -> Function:
+    """Check the arguments of every call against the annotations; of a class, those of its constructor and its public methods.
+
+    A dataclass holds what was measured: numbers that its constructor takes may be NaN or infinite.
+    """
+    if not isinstance(thing, type):
+        return cast(Function, _wrapped(thing, thing.__qualname__))
+    for key, member in list(vars(thing).items()):
+        if key.startswith("_") and key not in ("__init__", "__call__"):
+            continue
+        name = thing.__name__ if key.startswith("_") else f"{thing.__name__}.{key}"
+        measured = key == "__init__" and is_dataclass(thing)
+        if isinstance(member, types.FunctionType):
+            setattr(thing, key, _wrapped(member, name, thing.__module__, measured=measured))
+        elif isinstance(member, classmethod):
+            setattr(thing, key, classmethod(_wrapped(member.__func__, name)))
+    return thing
 
 
 def check_settings(
@@ -58,9 +62,12 @@ def refusal(
 
 
 def _wrapped(
-    function: Callable[..., Any], name: str, scope: Mapping[str, Any], *, measured: bool
+    function: Callable[..., Any], name: str, module: str = "", *, measured: bool = False
 ) -> Callable[..., Any]:
     signature = inspect.signature(function)
+    if not set(signature.parameters) - {"self", "cls"}:
+        return function
+    scope = vars(sys.modules[module]) if module else inspect.unwrap(function).__globals__
     readers: dict[str, Expected] = {}
 
     @functools.wraps(function)

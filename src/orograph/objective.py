@@ -31,6 +31,7 @@ from .terms import BatchLoss, Count, Forward, Recipe, Terms, writes_inputs
 Source = Any  # Point, Objective, module, state dict, weights file, flat tensor
 
 
+@checked
 class Objective:
     r"""L(theta): what `criterion` would return if the whole data set were one batch, at one fixed point.
 
@@ -55,7 +56,6 @@ class Objective:
     _metrics: Mapping[str, Metric]
     _batch_size: int | None
 
-    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -78,7 +78,6 @@ class Objective:
         self._fill(take_snapshot(model, params, mode, place, dtype), recipe, data, metrics or {}, batch_size)
 
     @classmethod
-    @checked
     def from_batch_loss(
         cls,
         model: nn.Module,
@@ -106,8 +105,6 @@ class Objective:
         self._terms, volatile = prove_terms(snapshot, recipe, batches)
         self._snapshot, self._batch_size = replace(snapshot, volatile=volatile), batch_size
         return self
-
-    # -- what it is ----------------------------------------------------------------------------------------------------------
 
     @property
     def theta(self) -> Tensor:
@@ -239,7 +236,6 @@ class Objective:
 
     # -- other points, other data --------------------------------------------------------------------------------------------
 
-    @checked
     def point(self, source: Source = None, *, label: str | None = None) -> Point:
         """The setting that `source` holds, as a Point of this network; None: where this objective stands.
 
@@ -253,7 +249,6 @@ class Objective:
             source = source.point()
         return read_point(source, own, self._snapshot.users.slots, self.layout, label)
 
-    @checked
     def network(self, source: Source, *, label: str | None = None) -> Point:
         """As `point`, for comparing whole networks: refuses what is not one, or differs outside `params`."""
         own = self._snapshot.point
@@ -264,14 +259,12 @@ class Objective:
             raise ValueError(f"the two networks differ in {name!r}, which is outside params={list(self.names)}. Widen params, or compare networks that share it.")
         return point
 
-    @checked
     def like(self, snapshot: Snapshot, terms: Terms) -> Objective:
         """The same measurement with another snapshot or other terms, which are taken as proven."""
         other = Objective.__new__(Objective)
         other._snapshot, other._terms, other._metrics, other._batch_size = snapshot, terms, self._metrics, self._batch_size
         return other
 
-    @checked
     def at(self, source: Source) -> Objective:
         """The same loss on the same data at another point (whatever `point` takes)."""
         return self.like(replace(self._snapshot, point=self.point(source)), self._terms)
@@ -282,7 +275,6 @@ class Objective:
         s.users.check_modules()
         return self.at(snapshot_point(s.users.slots, s.layout, device=self.device, dtype=s.dtype, label=self.label))
 
-    @checked
     def on(self, data: Any) -> Objective:
         """The same loss at the same point on other data, read and proven anew."""
         batch_size = self._batch_size if is_pair(data) or isinstance(data, Dataset) else None
@@ -292,21 +284,18 @@ class Objective:
         terms, volatile = prove_terms(self._snapshot, replace(self.recipe, writes=writes), batches)
         return self.like(replace(self._snapshot, volatile=volatile), terms)
 
-    @checked
     def sample(self, n: AtLeastOne, seed: Seed) -> Objective:
         """The same loss on `n` examples drawn without replacement. What that costs in certainty: `data_error`."""
         if n > self.examples:
             raise ValueError(f"sample(n={n}) needs 1 <= n <= {self.examples}, the number of examples.")
         return self.picked(torch.randperm(self.examples, generator=torch.Generator().manual_seed(seed))[:n])
 
-    @checked
     def split(self, parts: AtLeastTwo, seed: Seed) -> list[Objective]:
         """The same loss on `parts` disjoint random subsets of (nearly) equal size."""
         if parts > self.examples:
             raise ValueError(f"split(parts={parts}) needs 2 <= parts <= {self.examples}, the number of examples.")
         return [self.picked(rows) for rows in torch.randperm(self.examples, generator=torch.Generator().manual_seed(seed)).tensor_split(parts)]
 
-    @checked
     def picked(self, rows: Tensor) -> Objective:
         """The same loss on the examples with these indices, in the batches that they came in."""
         if not self.divisible:
@@ -315,7 +304,6 @@ class Objective:
             raise NotDeterministic("choosing examples needs them in one fixed order. Use shuffle=False.")
         return self.on(self._terms.batches.picked(rows))
 
-    @checked
     def state_dict(self, point: Source = None) -> dict[str, Any]:
         """A point as a checkpoint of the model: what `model.state_dict()` would hold there, in the model's own precision."""
         return self.at(point)._snapshot.state_dict()

@@ -32,12 +32,10 @@ class Line:
         """Its control points."""
         return self.a, self.b
 
-    @checked
     def weights(self, t: float) -> Tensor:
         """What each control point contributes at t."""
         return torch.tensor([1 - t, t], dtype=torch.float64)
 
-    @checked
     def __call__(self, t: float) -> Place:
         """The place at `t`; 0 is a, 1 is b."""
         return mixture(self.points, self.weights(t), f"t = {t:.3g}")
@@ -54,13 +52,11 @@ class Bezier:
 
     points: Sequence[Place]
 
-    @checked
     def weights(self, t: float) -> Tensor:
         """What each control point contributes at t."""
         n = len(self.points) - 1
         return torch.tensor([math.comb(n, j) * t**j * (1 - t) ** (n - j) for j in range(n + 1)], dtype=torch.float64)
 
-    @checked
     def __call__(self, t: float) -> Place:
         """The place at `t`."""
         return mixture(self.points, self.weights(t), f"t = {t:.3g}")
@@ -83,13 +79,11 @@ class PolyChain:
 
     points: Sequence[Place]
 
-    @checked
     def weights(self, t: float) -> Tensor:
         """What each control point contributes at t."""
         place = torch.arange(len(self.points), dtype=torch.float64)
         return (1 - (t * (len(self.points) - 1) - place).abs()).clamp(min=0)
 
-    @checked
     def __call__(self, t: float) -> Place:
         """The place at `t`."""
         return mixture(self.points, self.weights(t), f"t = {t:.3g}")

@@ -30,7 +30,6 @@ class Plane:
     u: Tensor
     v: Tensor
 
-    @checked
     def __call__(self, s: float, t: float) -> Place:
         """The place at (s, t)."""
         step = s * self.u + t * self.v
@@ -38,7 +37,6 @@ class Plane:
             return replace(self.origin, theta=self.origin.theta + step.to(self.origin.theta), label=f"({s:.3g}, {t:.3g})")
         return self.origin + step.to(self.origin)
 
-    @checked
     def coordinates(self, place: Place) -> tuple[float, float, float]:
         """(s, t, distance from the plane) of a place: the nearest point of the plane, also where u and v are not orthogonal."""
         step = (theta_of(place) - theta_of(self.origin)).double()

@@ -61,7 +61,6 @@ class Estimate:
     least: float = -math.inf
     most: float = math.inf
 
-    @checked
     def interval(self, level: Share = 0.95) -> tuple[float | Tensor, float | Tensor]:
         r"""Lower and upper end of the two-sided interval that contains the true value with probability `level`.
 
@@ -121,7 +120,6 @@ class Density:
     xlabel: str = "eigenvalue"
     ylabel: str = "density"
 
-    @checked
     def pdf(self, x: Tensor | float) -> Tensor:
         """Density at `x`, smoothed by a Gaussian of standard deviation `width`; integrates to 1 with its atoms."""
         x = torch.as_tensor(x, dtype=torch.float64)
@@ -131,7 +129,6 @@ class Density:
         heights = torch.exp(-0.5 * scaled**2) / (self.width * math.sqrt(2 * math.pi))
         return (heights @ masses).reshape(x.shape)
 
-    @checked
     def cdf(self, x: Tensor | float) -> Tensor:
         """Share of eigenvalues <= x, from the nodes as they are (no kernel)."""
         x = torch.as_tensor(x, dtype=torch.float64)
@@ -139,7 +136,6 @@ class Density:
         masses = torch.cat([self.weights.double().flatten() / len(self.weights), self._atom_masses()])
         return ((centres <= x.reshape(-1, 1)).double() @ masses).reshape(x.shape)
 
-    @checked
     def mass(self, low: AnyNumber, high: AnyNumber) -> Estimate:
         """Share of eigenvalues in [low, high), with its standard error over the samples."""
         inside = (self.nodes >= low) & (self.nodes < high)
@@ -173,7 +169,6 @@ class Spectrum:
     label: str = "spectrum"
     unit: str = ""
 
-    @checked
     def effective_dimension(self, z: Positive) -> float:
         r"""$\sum_i \lambda_i / (\lambda_i + z)$ over the positive eigenvalues: how many directions are steeper than about `z` > 0."""
         d = self.density

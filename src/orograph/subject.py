@@ -57,7 +57,6 @@ class Subject:
         """Products of earlier probes that this one did not have to spend."""
         return sum(self.used.values())
 
-    @checked
     def once(self, name: str, find: Callable[[], T]) -> T:
         """What `find` returns, found once per measurement whoever asks for `name`."""
         if name in self.shared.findings:
@@ -70,7 +69,6 @@ class Subject:
         self.shared.findings[name] = found, self.shared.products - before
         return found
 
-    @checked
     def operator(self, name: str, make: Callable[[Objective], LinearOperator]) -> LinearOperator:
         """An operator at the objective's point, built and proven once per measurement."""
         if name not in self.shared.operators:
@@ -102,7 +100,6 @@ class Subject:
         name = there[-1] if there and not settings else f"spectrum {SPECTRUM | settings}"
         return self.once(name, lambda: spectrum_and_low_rank(self.hessian(), progress=self.progress, **(SPECTRUM | settings)))
 
-    @checked
     def gradient_krylov(self, steps: AtLeastOne = GRADIENT_STEPS) -> Krylov | None:
         r"""Lanczos on the Hessian from the gradient: $\operatorname{span}(g, Hg, ..., H^{m-1} g)$; None where the gradient is exactly zero."""
         g = self.gradient()

@@ -97,6 +97,7 @@ class Space:
         return rows.T if len(rows) > 1 else rows.reshape(-1, 1)  # each sample in one piece of memory, with the strides of a column
 
 
+@checked
 class LinearOperator:
     r"""A symmetric, deterministic linear map on flat vectors: `op @ v` (n,) and `op @ V` (n, k).
 
@@ -108,7 +109,6 @@ class LinearOperator:
     in `products`.
     """
 
-    @checked
     def __init__(
         self,
         matmat: Matmat,
@@ -143,7 +143,6 @@ class LinearOperator:
             )
 
     @classmethod
-    @checked
     def from_dense(cls, A: Tensor) -> LinearOperator:
         """The operator of a dense symmetric matrix (n, n)."""
         if A.ndim != 2 or A.shape[0] != A.shape[1]:
