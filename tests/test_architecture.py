@@ -11,7 +11,7 @@ ROOT = Path(orograph.__file__).parent
 ROWS = [  # a module imports from rows above it, or from the left of its own row
     ["errors", "arguments", "expected", "checks", "results", "progress", "memory", "restoring", "surroundings"],
     ["kernels", "layout", "axes", "axis_rules", "tracing", "linalg.symmetry", "linalg.operator", "linalg.checkpoints", "linalg.lanczos", "linalg.power", "linalg.search", "linalg.lobpcg", "linalg.eigen", "linalg.intervals", "linalg.trace_methods", "linalg.runs", "linalg.low_rank", "linalg.trust_region", "linalg.blocks", "linalg.remainder", "linalg.traces", "linalg.density", "linalg.one_pass", "linalg.spectra", "state"],
-    ["nesting", "batches", "criteria", "terms", "evaluation", "weighting", "proof", "points", "snapshots", "cutting", "reading", "copies", "objective", "variants", "crowds"],
+    ["nesting", "loaders", "batches", "criteria", "terms", "evaluation", "weighting", "proof", "points", "snapshots", "cutting", "reading", "copies", "objective", "variants", "crowds"],
     ["products.sweeps", "products.reverse", "products.gauss_newton", "products.likelihood", "products.blockwise", "products.difference", "products.choice", "preflight", "curvature", "subsets", "paths", "renormalise", "perturbations", "ascent", "optimizers", "bounds", "symmetries", "alignment", "curves", "bands", "profiles", "planes", "chebyshev", "grids", "refinement", "topology", "samples", "pictures"],
     ["encoding", "scalars", "paper", "exports", "records", "subject", "edge_verdicts", "sharpness_zoo", "registry"],
     ["probes"],

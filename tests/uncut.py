@@ -210,7 +210,7 @@ def ranking(out: Tensor, target: Tensor) -> Tensor:
 
 
 def recurrent(kind: type, last: bool) -> Callable[[], nn.Module]:
-    return lambda: By(lambda m, x: m.b(m.a(x)[0][-1] if last else m.a(x)[0]), a=kind(4, 5), b=nn.Linear(5, 3))
+    return lambda: By(lambda m, x: m.b(m.a(x)[0][-1] if last else m.a(x)[0]), a=kind(4, 3), b=nn.Linear(3, 3))
 
 
 def encoder() -> nn.Module:
@@ -329,8 +329,8 @@ def by_structure() -> dict[str, Uncut]:
         "nested tensor": Uncut(lambda: By(lambda m, x: m.a(x.unbind()), a=pooled()), CE, (strided(ragged), four)),
         "nested tensor, jagged": Uncut(lambda: By(lambda m, x: m.a(x.unbind()), a=pooled()), CE, (torch.nested.nested_tensor(ragged, layout=torch.jagged), four)),
         "values and offsets": Uncut(offset_pooled, CE, {"v": torch.cat(ragged), "o": torch.tensor([0, 5, 8, 14]), "y": four}, lambda m, b: (m(b["v"], b["o"]), b["y"])),
-        "packed sequence": Uncut(lambda: By(lambda m, x: m.b(m.a(x)[1][0][0]), a=nn.LSTM(4, 5), b=nn.Linear(5, 3)), CE, (packed(), four), divisible=True),  # all of it runs for every part, whose rows are then taken
-        "packed sequence, every step": Uncut(lambda: By(lambda m, x: m.b(m.a(x)[0].data), a=nn.GRU(4, 5), b=nn.Linear(5, 3)), CE, (packed(), labels(3, 16))),
+        "packed sequence": Uncut(lambda: By(lambda m, x: m.b(m.a(x)[1][0][0]), a=nn.LSTM(4, 3), b=nn.Linear(3, 3)), CE, (packed(), four), divisible=True),  # all of it runs for every part, whose rows are then taken
+        "packed sequence, every step": Uncut(lambda: By(lambda m, x: m.b(m.a(x)[0].data), a=nn.GRU(4, 3), b=nn.Linear(3, 3)), CE, (packed(), labels(3, 16))),
         "encoding with an adjacency": Uncut(gnn, CE, encoding({"x": X, "A": GRAPH, "y": Y}), lambda m, b: (m(b["x"], b["A"]), b.y)),
         "model output": Uncut(COUPLED["centring"], CE, (encoding({"x": X}, output=True), Y), lambda m, b: (m(b[0].last_hidden_state), b[1])),
         "shared mask and words": Uncut(lambda: By(lambda m, x, keep: m.b(torch.tanh(m.a(x)) - (torch.tanh(m.a(x)) * keep[:, None]).mean(0)), a=nn.Linear(4, 5), b=nn.Linear(5, 3)), CE,

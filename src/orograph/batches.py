@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .errors import NotDeterministic
+from .loaders import generators_of, padding_may_differ, refuse_incomplete
 from .nesting import Batch, count_examples, count_numbers, map_tensors, take_rows, tensors_in
 from .surroundings import rng_kept
 
@@ -118,7 +119,7 @@ def read_batches(data: Any, *, batch_size: int | None, prepare: Callable[[Tensor
     a `batch_size` are one batch. `opaque`: every element of `data` is a batch as it is.
     """
     source = adapt(data, batch_size=batch_size, whole=whole, opaque=opaque)
-    generators = _generators_of(source)
+    generators = generators_of(source)
     still = isinstance(source, (list, tuple))
     kept: list[Batch] | None = []
     used = 0
@@ -139,9 +140,10 @@ def read_batches(data: Any, *, batch_size: int | None, prepare: Callable[[Tensor
         first = Reading(np.concatenate(hashes), tuple(len(h) for h in hashes), tuple(elements))
         again = hashes if still else [hash_examples(batch) for batch in source]
         second = Reading(np.concatenate([np.empty(0, np.uint64), *again]), tuple(len(h) for h in again))
-    _refuse_dropping(source, whole)
+        if len(first.hashes) == len(second.hashes):
+            refuse_incomplete(source, len(first.sizes), len(first.hashes), whole=whole)
     exact = first.fingerprint == second.fingerprint
-    if not exact and (len(first.hashes) != len(second.hashes) or not _padding_may_differ(source)):
+    if not exact and (len(first.hashes) != len(second.hashes) or not padding_may_differ(source)):
         raise NotDeterministic(explain_difference(first, second, source))
     if whole and first.grouping != second.grouping:
         why = 'mode="batch" makes the batches part of the loss, and this data groups its examples differently in each pass'
@@ -243,30 +245,6 @@ def explain_difference(first: Reading, second: Reading, source: Any) -> str:
         return f"data changes between passes: {which}. Use a sampler without replacement over the whole set, and no augmentation."
     why = "the examples themselves come out different each time, so random augmentation is at work (in the Dataset's transform or in collate_fn)"
     return f"data changes between passes: {why}. Turn it off, or pass a list of already augmented batches."
-
-
-def _refuse_dropping(source: Any, whole: bool) -> None:
-    """A loader that leaves out the last examples does not give the loss of the whole set."""
-    batching = source.batch_sampler if isinstance(source, DataLoader) else None  # torch's own or the user's
-    if isinstance(batching, BatchSampler) and batching.drop_last and not isinstance(source.dataset, IterableDataset):
-        left_out = (examples := len(batching.sampler)) % batching.batch_size  # type: ignore[arg-type]
-        if left_out and not (whole and isinstance(batching.sampler, SequentialSampler)):
-            lost = f"leaves out {left_out} of {examples} examples"
-            raise NotDeterministic(f"DataLoader(drop_last=True) {lost}. Use drop_last=False: a shorter last batch is weighted as it should be.")
-
-
-def _padding_may_differ(source: Any) -> bool:
-    """Whether a collate function pads to the longest example of a batch that may be another one in every pass."""
-    fixed = isinstance(source, DataLoader) and source.batch_size is not None and isinstance(source.sampler, SequentialSampler)
-    return isinstance(source, DataLoader) and source.collate_fn is not torch.utils.data.default_collate and not fixed
-
-
-def _generators_of(source: Any) -> list[torch.Generator]:
-    """What a loader, its samplers and its data set draw from, where they hold a generator."""
-    batching = getattr(source, "batch_sampler", None)
-    holders = (source, getattr(source, "sampler", None), batching, getattr(batching, "sampler", None), getattr(source, "dataset", None))
-    held = [value for holder in holders for value in getattr(holder, "__dict__", {}).values()]
-    return list({id(g): g for g in held if isinstance(g, torch.Generator)}.values())
 
 
 @contextmanager

@@ -6,7 +6,9 @@ there, and rounding does not. Where that fails the model's own weights and preci
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -23,6 +25,7 @@ MOVED, LEAST = 0.05, 0.01  # step of a weight relative to the root mean square o
 ROUNDINGS = 64  # units in the last place that outputs may differ by before rounding is measured
 BEYOND = 300  # times the measured rounding of a typical entry: no rounding explains more
 STEPS = (1e-6, 2e-3, 0.15)  # of weights, for measuring rounding: as large as float64, float32 and half precision inside a model need
+CLEAR = 0.5  # a difference that no rounding explains
 PARTS = 3
 
 
@@ -32,6 +35,7 @@ class Cut:
 
     reason: str = ""  # why it must stay whole; empty where it may be cut
     coupled: bool = False  # the parts ran, and what they gave is not what the whole gave
+    proven: bool = False  # the parts ran, and gave what the whole gave
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +90,9 @@ def prove_weighting(snapshot: Snapshot, terms: Terms) -> str:
                     cut = _joined(snapshot, recipe, before, term.batch) or cut
                 if recipe.alone:
                     return cut.reason
-                if cut.coupled:
+                if cut.coupled and not (recipe.criterion.known and cut_batch(snapshot, recipe, term.batch, axis=1).proven):
                     raise ValueError(cut.reason + HINT)
-                tried, reason = not cut.reason or before is not None, cut.reason
+                tried, reason = not cut.reason or before is not None or cut.coupled, cut.reason
             before = term.batch
             if not recipe.criterion.known or recipe.count is not None:
                 previous = check_outputs(term, previous)
@@ -97,9 +101,12 @@ def prove_weighting(snapshot: Snapshot, terms: Terms) -> str:
     return reason
 
 
-def cut_batch(snapshot: Snapshot, recipe: Recipe, batch: Batch) -> Cut:
-    """Send parts of a batch through the model: their outputs must be the rows of the whole's, and units * loss must add up."""
-    count = count_examples(batch)
+def cut_batch(snapshot: Snapshot, recipe: Recipe, batch: Batch, axis: int = 0) -> Cut:
+    """Send parts of a batch through the model: their outputs must be the rows of the whole's, and units * loss must add up.
+
+    `axis`: along which its examples lie; the second in time-major batches, which are whole but do not depend on one another.
+    """
+    count = count_examples(batch, axis)
     if count < 2:
         return Cut()
     if any(_may_be_index(t, count) for t in tensors_in(batch)):
@@ -109,7 +116,7 @@ def cut_batch(snapshot: Snapshot, recipe: Recipe, batch: Batch) -> Cut:
     if targets and all(target.ndim == 0 for target in targets):
         return Cut("all of it has one target")
     try:
-        parts = [take_rows(setting.batch, part) for part in rows]
+        parts = [take_rows(setting.batch, part, axis) for part in rows]
     except RuntimeError as error:
         return Cut(f"torch cannot take rows of it ({type(error).__name__}: {first_line(error)})")
     return _compared(setting, parts, rows)
@@ -117,6 +124,9 @@ def cut_batch(snapshot: Snapshot, recipe: Recipe, batch: Batch) -> Cut:
 
 def _joined(snapshot: Snapshot, recipe: Recipe, first: Batch, second: Batch) -> Cut | None:
     """Two batches in one, where they fit: what couples the examples of a batch but runs on none of its parts shows here."""
+    sizes = [count_examples(first), count_examples(second)]
+    if any(t.ndim == 0 or t.size(0) != size for batch, size in zip((first, second), sizes, strict=True) for t in tensors_in(batch)):
+        return None  # what does not count examples, such as indices, cannot be put together
     both = join_batches(first, second)
     if both is None:
         return None
@@ -124,7 +134,6 @@ def _joined(snapshot: Snapshot, recipe: Recipe, first: Batch, second: Batch) -> 
         setting = _setting(snapshot, recipe, both)
     except Exception:  # the user's code does not take this batch: nothing can be told from it
         return None
-    sizes = [count_examples(first), count_examples(second)]
     rows = list(torch.arange(sum(sizes)).split(sizes))
     found = _compared(setting, [take_rows(setting.batch, part) for part in rows], rows)
     return found if found.coupled else None
@@ -181,9 +190,17 @@ def _moved(snapshot: Snapshot, share: float, seed: int) -> Snapshot:
     return replace(snapshot, point=replace(snapshot.point, theta=theta + torch.cat(steps).to(theta)))
 
 
+@contextmanager
+def _quietly(snapshot: Snapshot) -> Iterator[None]:
+    """The snapshot in place, without graphs, and without warnings of the user's code about other weights and parts of batches."""
+    with snapshot.applied(), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _evaluated(snapshot: Snapshot, recipe: Recipe, batch: Batch) -> tuple[Any, Any, Sum]:
     """(output, target, sum) of a batch without a graph."""
-    with snapshot.applied(), torch.no_grad():
+    with _quietly(snapshot):
         term = Term(recipe, batch, 0)
         output = term.output()
         return output, term.target, _sum_of(term, output)
@@ -203,7 +220,7 @@ def _compared(setting: _Setting, parts: list[Batch], rows: Sequence[Tensor]) -> 
     raised = ""
     for part, index in zip(parts, rows, strict=True):
         try:
-            with setting.snapshot.applied(), torch.no_grad():
+            with _quietly(setting.snapshot):
                 term = Term(setting.recipe, part, 0)
                 output = term.output()
                 gap = _gap_beyond_rounding(setting, output, index, sum(map(len, rows)))
@@ -218,7 +235,7 @@ def _compared(setting: _Setting, parts: list[Batch], rows: Sequence[Tensor]) -> 
     problem = mismatch(setting.recipe, setting.total, sums, what, min(exact, LOW_PRECISION))
     if problem is not None:
         problem = mismatch(setting.recipe, setting.total, sums, what, BEYOND * setting.roundings[-1])
-    return Cut() if problem is None else Cut(problem, coupled=True)
+    return Cut(proven=True) if problem is None else Cut(problem, coupled=True)
 
 
 def _gap_beyond_rounding(setting: _Setting, output: Any, rows: Tensor, count: int) -> float:
@@ -229,7 +246,7 @@ def _gap_beyond_rounding(setting: _Setting, output: Any, rows: Tensor, count: in
     for index, (whole, part) in enumerate(zip(wholes, found, strict=True)):
         gaps = [_relative_gap(one, part) for one in _alignments(whole, part, rows, count)]
         gap = min(gaps, default=0.0)
-        if gap > min(ROUNDINGS * torch.finfo(part.dtype).eps, LOW_PRECISION) and gap > BEYOND * setting.roundings[index]:
+        if gap > min(ROUNDINGS * torch.finfo(part.dtype).eps, LOW_PRECISION) and (gap > CLEAR or gap > BEYOND * setting.roundings[index]):
             return gap
     return 0.0
 

@@ -57,17 +57,22 @@ def tensors_in(batch: Batch) -> list[Tensor]:
     return found
 
 
-def count_examples(batch: Batch) -> int:
-    """The length that most tensors share; among equals one that is not 1, and then the last one's (the targets')."""
-    lengths = [tensor.size(0) for tensor in tensors_in(batch) if tensor.ndim > 0]  # nested tensors have no len()
+def count_examples(batch: Batch, axis: int = 0) -> int:
+    """The length along `axis` that most tensors share; among equals one that is not 1, and then the last one's (the targets')."""
+    lengths = [tensor.size(axis) for tensor in tensors_in(batch) if tensor.ndim > axis and (axis == 0 or not tensor.is_nested)]  # nested tensors have no len()
     often = Counter(lengths)
     return max(reversed(lengths), key=lambda n: (often[n], n != 1), default=1)
 
 
-def take_rows(batch: Batch, rows: Tensor) -> Batch:
-    """The examples `rows` of a batch; tensors that do not count examples stay whole."""
-    count = count_examples(batch)
-    return map_tensors(lambda t: t.index_select(0, rows.to(t.device)) if t.ndim > 0 and t.size(0) == count else t, batch)
+def take_rows(batch: Batch, rows: Tensor, axis: int = 0) -> Batch:
+    """The examples `rows` of a batch that lie along `axis`, in tensors without such an axis along the first; those that do not count examples stay whole."""
+    count = count_examples(batch, axis)
+
+    def taken(tensor: Tensor) -> Tensor:
+        along = next((a for a in sorted({axis, 0}, reverse=True) if tensor.ndim > a and tensor.size(a) == count), None)
+        return tensor if along is None else tensor.index_select(along, rows.to(tensor.device))
+
+    return map_tensors(taken, batch)
 
 
 def count_numbers(batch: Batch) -> int:
@@ -78,7 +83,7 @@ def count_numbers(batch: Batch) -> int:
 def join_batches(first: Batch, second: Batch) -> Batch | None:
     """Two batches in one, the examples of the second behind those of the first; None where their shapes do not fit."""
     ours, theirs = tensors_in(first), tensors_in(second)
-    if len(ours) != len(theirs) or any(x.ndim == 0 or x.ndim != y.ndim or x.shape[1:] != y.shape[1:] for x, y in zip(ours, theirs, strict=True)):
+    if len(ours) != len(theirs) or any(t.is_nested or t.ndim == 0 for t in (*ours, *theirs)) or any(x.shape[1:] != y.shape[1:] for x, y in zip(ours, theirs, strict=True)):
         return None
     queue = [torch.cat([x, y]) for x, y in zip(ours, theirs, strict=True)]
     return map_tensors(lambda _: queue.pop(0), first)

@@ -149,6 +149,8 @@ def _not_example_by_example(objective: Objective) -> str | None:
     norms = [module for module in objective.snapshot.model.modules() if isinstance(module, _BatchNorm)]
     if any(objective.mode == "batch" or norm.running_mean is None for norm in norms):
         return 'BatchNorm with the statistics of the batch makes the prediction of each example depend on the others; use mode="eval" and running statistics'
+    if objective.recipe.indivisible:
+        return f"the examples cannot be taken one by one: {objective.recipe.indivisible}"
     found = objective.per_example().get("error")
     if found is None:
         return "the loss is no classification whose errors are known example by example"

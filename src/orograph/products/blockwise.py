@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layout import in_full
 from ..nesting import tensors_in
 from ..objective import Objective
 from ..restoring import forward_set, restoring
 from ..terms import Term
-from .sweeps import Parts, TermMap, differentiable_twice
+from .sweeps import Parts, TermMap, differentiable_twice, first_derivatives
 
 Stage = Callable[[Tensor | None], Tensor]  # x_i -> x_(i+1); the first stage takes None, the last gives the loss
 
@@ -179,7 +180,7 @@ def _push(stage: Stage, x: Tensor | None, tangent: Tensor | None, leaves: list[T
         return output.detach(), torch.zeros_like(output)
     cotangent = torch.zeros_like(output, requires_grad=True)
     with differentiable_twice():
-        pulled = torch.autograd.grad(output, variables, cotangent, create_graph=True, allow_unused=True)
+        pulled = first_derivatives(output, variables, cotangent)
         used = [i for i, part in enumerate(pulled) if part is not None and part.requires_grad]
         (pushed,) = torch.autograd.grad([pulled[i] for i in used], cotangent, [tangents[i] for i in used]) if used else (torch.zeros_like(output),)
     return output.detach(), pushed.detach()
@@ -196,7 +197,7 @@ def _pull(
         return None, None, [None] * len(leaves)
     given = torch.ones_like(output) if cotangent is None else cotangent
     with differentiable_twice():
-        gradient = torch.autograd.grad(output, variables, given, create_graph=True, allow_unused=True)
+        gradient = first_derivatives(output, variables, given)
         curved = [i for i, part in enumerate(gradient) if part is not None and part.requires_grad]
         bent: Parts = [None] * len(variables)
         if curved:
@@ -204,7 +205,7 @@ def _pull(
         straight: Parts = [None] * len(variables)
         if turned is not None:
             straight = torch.autograd.grad(output, variables, turned, allow_unused=True)
-    both = [a if b is None else b if a is None else a + b for a, b in zip(bent, straight, strict=True)]
+    both = [a if b is None else b if a is None else in_full(a) + in_full(b) for a, b in zip(bent, straight, strict=True)]
     if not count:
         return None, None, both
     back = gradient[0].detach() if gradient[0] is not None else torch.zeros_like(variables[0])

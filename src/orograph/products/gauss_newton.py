@@ -16,7 +16,7 @@ from ..errors import NotDifferentiable
 from ..layout import in_full
 from ..objective import Objective
 from ..terms import Term
-from .sweeps import Build, Parts, TermMap, differentiable_twice
+from .sweeps import Build, Parts, TermMap, differentiable_twice, first_derivatives
 
 OutputCurvature = Callable[[Term, Tensor], Callable[[Tensor], Tensor]]  # (term, output) -> (u -> C u)
 
@@ -31,7 +31,7 @@ def sandwich_of(curvature: OutputCurvature) -> Build:
         bend = curvature(term, output.detach())
         cotangent = torch.zeros_like(output, requires_grad=True)
         with differentiable_twice():
-            pulled = [part if part is None else in_full(part) for part in torch.autograd.grad(output, leaves, cotangent, create_graph=True, allow_unused=True)]
+            pulled = first_derivatives(output, leaves, cotangent)
         curved = [index for index, part in enumerate(pulled) if part is not None and part.requires_grad]
         _must_be_linear(output, [leaf for leaf, part in zip(leaves, pulled, strict=True) if part is not None and not part.requires_grad])
         if not curved:

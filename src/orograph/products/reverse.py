@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import in_full
 from ..objective import Objective
 from ..terms import Term
-from .sweeps import Parts, TermMap, differentiable_twice
+from .sweeps import Parts, TermMap, differentiable_twice, first_derivatives
 
 
 def hessian_of(objective: Objective, term: Term) -> TermMap | None:
@@ -22,7 +21,7 @@ def hessian_of(objective: Objective, term: Term) -> TermMap | None:
     if not loss.requires_grad:
         return None
     with differentiable_twice():
-        gradient = [part if part is None else in_full(part) for part in torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)]
+        gradient = first_derivatives(loss, leaves)
     if all(part is None for part in gradient):
         return None
     curved = [index for index, part in enumerate(gradient) if part is not None and part.requires_grad]

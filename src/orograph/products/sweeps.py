@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,6 +115,12 @@ def add_parts(objective: Objective, total: Tensor, parts: Parts, weight: float) 
         if part is not None:
             total[start : start + entries].add_(in_full(part.detach()).reshape(-1), alpha=weight)
         start += entries
+
+
+def first_derivatives(output: Tensor, variables: Sequence[Tensor], given: Tensor | None = None) -> list[Any]:
+    """Derivatives that can be differentiated again (None for zero); those that are sparse, of embeddings, as dense tensors."""
+    parts = torch.autograd.grad(output, variables, given, create_graph=True, allow_unused=True)
+    return [None if part is None else in_full(part) for part in parts]
 
 
 @contextmanager
