@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import transformers as hf
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from orograph import Objective
 from orograph.studies.networks import GPT, cnn, mlp
@@ -47,34 +50,142 @@ def depthwise() -> nn.Sequential:
     )  # fmt: skip
 
 
-def images() -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(0)
+class Separable(nn.Module):
+    """Inverted bottlenecks with BatchNorm, as in MobileNetV2: expand, depthwise, project, add."""
+
+    def __init__(self, width: int = 8, blocks: int = 2) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU6())
+        wide = 2 * width
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(width, wide, 1, bias=False),
+                nn.BatchNorm2d(wide),
+                nn.ReLU6(),
+                nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False),
+                nn.BatchNorm2d(wide),
+                nn.ReLU6(),
+                nn.Conv2d(wide, width, 1, bias=False),
+                nn.BatchNorm2d(width),
+            )
+            for _ in range(blocks)
+        )
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x.view(-1, 1, 8, 8))
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x.mean((2, 3)))
+
+
+class Recurrent(nn.Module):
+    """A recurrent network over the rows of an 8 x 8 image, read at its last step."""
+
+    def __init__(self, layers: nn.RNNBase, width: int) -> None:
+        super().__init__()
+        self.layers, self.head = layers, nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x.view(-1, 8, 8))[0][:, -1])
+
+
+def images(seed: int = 0) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
     return torch.rand(60, 64, generator=g), torch.randint(0, 10, (60,), generator=g)
 
 
-def symmetric_objectives() -> dict[str, Objective]:
-    """One objective for each kind; running statistics have seen data."""
-    torch.manual_seed(0)
+def _classifier(model: nn.Module) -> Objective:
     x, y = images()
-    found = {}
-    kinds = {
-        "MLP": mlp(64, 20, 16, 10, seed=0, activation=nn.ReLU), "VGG": vgg(), "CNN, BatchNorm": cnn(seed=0, channels=(8, 12)), "ResNet, BatchNorm": ResNet(nn.BatchNorm2d),
-        "ResNet, GroupNorm": ResNet(lambda c: nn.GroupNorm(4, c)), "depthwise CNN": depthwise(),
-        "encoder layer": nn.Sequential(nn.Unflatten(1, (8, 8)), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(), nn.Linear(64, 10)),
-    }  # fmt: skip
-    for name, model in kinds.items():
-        model.train()
-        for part in x.split(20):
-            model(part)
-        found[name] = Objective(model.eval(), nn.CrossEntropyLoss(), (x, y))
-    tokens = torch.randint(0, 31, (20, 12), generator=torch.Generator().manual_seed(1))
-    found["GPT"] = Objective(GPT(width=48, layers=2, heads=3, length=12, vocabulary=31, seed=0), nn.CrossEntropyLoss(), (tokens, tokens))
-    next_token = lambda model, batch: (model(batch["ids"]).logits.movedim(-1, 1), batch["ids"])
-    sizes = {"vocab_size": 31, "bos_token_id": 0, "eos_token_id": 0}
-    llama = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16, **sizes))
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=16, **sizes))
-    for name, model in (("Llama", llama), ("GPT-2", gpt2)):
-        found[name] = Objective(model, nn.CrossEntropyLoss(), [{"ids": tokens}], forward=next_token)
-    vit = ViTForImageClassification(ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48, image_size=8, patch_size=4, num_channels=1, num_labels=10))
-    found["ViT"] = Objective(vit, nn.CrossEntropyLoss(), (x.view(-1, 1, 8, 8), y), forward=lambda model, batch: (model(batch[0]).logits, batch[1]))
-    return found
+    model.train()
+    for part in x.split(20):
+        model(part)
+    return Objective(model.eval(), nn.CrossEntropyLoss(), (x, y))
+
+
+def _language(model: nn.Module, **given: Any) -> Objective:
+    """Next tokens of random text."""
+    tokens = torch.randint(1, 31, (20, 12), generator=torch.Generator().manual_seed(1))
+
+    def forward(net: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        more = dict.fromkeys(given, batch["ids"])
+        return net(batch["ids"], **more).logits.movedim(-1, 1), batch["ids"]
+
+    return Objective(model.eval(), nn.CrossEntropyLoss(), [{"ids": tokens}], forward=forward)
+
+
+def _encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    return nn.Sequential(nn.Unflatten(1, (8, 8)), layer, nn.Flatten(), nn.Linear(64, 10))
+
+
+def _gpt() -> Objective:
+    tokens = torch.randint(1, 31, (20, 12), generator=torch.Generator().manual_seed(1))
+    model = GPT(width=48, layers=2, heads=3, length=12, vocabulary=31, seed=int(torch.randint(0, 10**6, ())))
+    return Objective(model, nn.CrossEntropyLoss(), (tokens, tokens))
+
+
+def _vit() -> Objective:
+    config = hf.ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48, image_size=8,
+        patch_size=4, num_channels=1, num_labels=10,
+    )  # fmt: skip
+    x, y = images()
+    model = hf.ViTForImageClassification(config).eval()
+    return Objective(
+        model,
+        nn.CrossEntropyLoss(),
+        (x.view(-1, 1, 8, 8), y),
+        forward=lambda net, batch: (net(batch[0]).logits, batch[1]),
+    )
+
+
+SIZES = {"vocab_size": 31, "bos_token_id": 0, "eos_token_id": 0}
+WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+MAKERS: dict[str, Callable[[], Objective]] = {
+    "MLP": lambda: _classifier(mlp(64, 20, 16, 10, seed=int(torch.randint(0, 10**6, ())), activation=nn.ReLU)),
+    "VGG": lambda: _classifier(vgg()),
+    "CNN, BatchNorm": lambda: _classifier(cnn(seed=int(torch.randint(0, 10**6, ())), channels=(8, 12))),
+    "ResNet, BatchNorm": lambda: _classifier(ResNet(nn.BatchNorm2d)),
+    "ResNet, GroupNorm": lambda: _classifier(ResNet(lambda c: nn.GroupNorm(4, c))),
+    "depthwise CNN": lambda: _classifier(depthwise()),
+    "depthwise CNN, BatchNorm": lambda: _classifier(Separable()),
+    "encoder layer": lambda: _classifier(_encoder()),
+    "GPT": _gpt,
+    "Llama": lambda: _language(
+        hf.LlamaForCausalLM(hf.LlamaConfig(num_key_value_heads=2, max_position_embeddings=16, **WIDTHS, **SIZES))
+    ),
+    "GPT-2": lambda: _language(hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=16, **SIZES))),
+    "BERT": lambda: _language(hf.BertForMaskedLM(hf.BertConfig(max_position_embeddings=16, **WIDTHS, **SIZES))),
+    "ViT": _vit,
+    "T5": lambda: _language(
+        hf.T5ForConditionalGeneration(
+            hf.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, **SIZES)
+        ),
+        decoder_input_ids=True,
+    ),
+    "LSTM": lambda: _classifier(Recurrent(nn.LSTM(8, 12, num_layers=2, batch_first=True), 12)),
+    "GRU": lambda: _classifier(Recurrent(nn.GRU(8, 12, batch_first=True, bidirectional=True), 24)),
+    "RNN": lambda: _classifier(Recurrent(nn.RNN(8, 12, num_layers=2, batch_first=True), 12)),
+    "mixture of experts": lambda: _language(
+        hf.MixtralForCausalLM(
+            hf.MixtralConfig(
+                num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=16,
+                experts_implementation="eager",
+                **WIDTHS, **SIZES,
+            )
+        )
+    ),
+}  # fmt: skip
+
+
+def symmetric_objective(name: str, seed: int = 0) -> Objective:
+    """A network of that kind with random weights; its running statistics have seen data."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return MAKERS[name]()
+
+
+def symmetric_objectives() -> dict[str, Objective]:
+    """One objective for each kind."""
+    return {name: symmetric_objective(name) for name in MAKERS}

@@ -2,6 +2,9 @@
 
 An axis is a *leaf*, a *product* of axes (heads x entries of a head, in row-major order), or a *join* of axes end to end (query, key, value).
 What is found to move together is made one by `unify`; a leaf that turns out to have parts is split, for all tensors that hold it.
+
+The parts of a product or a join are always smaller than the whole: parts that contribute nothing (factors of size 1, segments of
+size 0) are left out, and one remaining part stands for the whole. So no axis can contain itself.
 """
 
 from __future__ import annotations
@@ -15,16 +18,18 @@ import torch
 from torch import Tensor
 
 Kind = Literal["leaf", "product", "join"]
+UNEQUAL = "one operation groups these entries in one way and another operation in another way"
 
 
 @dataclass(eq=False)
 class Axis:
-    """One axis; `frozen`: its entries must stay where they are."""
+    """One axis; `frozen`: its entries must stay where they are, for the `reason` given."""
 
     size: int
     kind: Kind = "leaf"
     children: list[Axis] = field(default_factory=list)
     frozen: bool = False
+    reason: str = ""
     _same: Axis | None = field(default=None, repr=False)
 
     @property
@@ -32,20 +37,26 @@ class Axis:
         """The axis that stands for all that were unified with this one."""
         axis = self
         while axis._same is not None:
+            if axis._same._same is not None:  # shorten the way for the next caller
+                axis._same = axis._same._same
             axis = axis._same
         return axis
 
 
 def product(parts: Sequence[Axis]) -> Axis:
-    """Row-major product; a single factor is itself."""
-    factors = [factor for part in parts for factor in factors_of(part)]
-    return factors[0] if len(factors) == 1 else Axis(math.prod(f.size for f in factors), "product", factors)
+    """Row-major product; factors of size 1 are left out, and a single factor is itself."""
+    factors = [factor for part in parts for factor in factors_of(part) if factor.size != 1]
+    if len(factors) <= 1:
+        return factors[0] if factors else Axis(1)
+    return Axis(math.prod(f.size for f in factors), "product", factors)
 
 
 def join(parts: Sequence[Axis]) -> Axis:
-    """Parts end to end; a single part is itself."""
-    segments = [segment for part in parts for segment in segments_of(part)]
-    return segments[0] if len(segments) == 1 else Axis(sum(s.size for s in segments), "join", segments)
+    """Parts end to end; empty parts are left out, and a single part is itself."""
+    segments = [segment for part in parts for segment in segments_of(part) if segment.size]
+    if len(segments) <= 1:
+        return segments[0] if segments else Axis(0)
+    return Axis(sum(s.size for s in segments), "join", segments)
 
 
 def factors_of(axis: Axis) -> list[Axis]:
@@ -60,7 +71,11 @@ def factors_of(axis: Axis) -> list[Axis]:
 def segments_of(axis: Axis) -> list[Axis]:
     """The segments of a join, each a leaf or a product."""
     axis = axis.root
-    return [segment for child in axis.children for segment in segments_of(child)] if axis.kind == "join" else [axis]
+    if axis.kind != "join":
+        return [axis]
+    found = [segment for child in axis.children for segment in segments_of(child)]
+    axis.children = list(found)  # cut again and again, a join stays flat
+    return found
 
 
 def leaves_of(axis: Axis) -> list[Axis]:
@@ -69,10 +84,10 @@ def leaves_of(axis: Axis) -> list[Axis]:
     return [axis] if axis.kind == "leaf" else [leaf for child in axis.children for leaf in leaves_of(child)]
 
 
-def freeze(axis: Axis) -> None:
-    """No entry of this axis may move."""
+def freeze(axis: Axis, reason: str = "") -> None:
+    """No entry of this axis may move; the first reason given is kept."""
     for leaf in leaves_of(axis):
-        leaf.frozen = True
+        leaf.frozen, leaf.reason = True, leaf.reason or reason
 
 
 def unify(a: Axis, b: Axis) -> None:
@@ -86,12 +101,12 @@ def unify(a: Axis, b: Axis) -> None:
         leaf, other = (a, b) if a.kind == "leaf" else (b, a)
         leaf._same = other
         if leaf.frozen:
-            freeze(other)
+            freeze(other, leaf.reason)
         return
     aligned = _align(a, b) if a.kind == b.kind else False
     if not aligned:
-        freeze(a)
-        freeze(b)
+        freeze(a, UNEQUAL)
+        freeze(b, UNEQUAL)
         return
     a.root._same = b.root if a.root is not b.root else None
 
@@ -121,7 +136,7 @@ def _align(a: Axis, b: Axis) -> bool:
 
 def split(leaf: Axis, sizes: Sequence[int], kind: Kind) -> None:
     """A leaf turns out to be a product, or a join, of parts."""
-    leaf.children = [Axis(size, frozen=leaf.frozen) for size in sizes]
+    leaf.children = [Axis(size, frozen=leaf.frozen, reason=leaf.reason) for size in sizes]
     leaf.kind = kind
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .axes import Axis, cut, freeze, join, product, regrouped, unify
@@ -12,7 +13,14 @@ from .axes import Axis, cut, freeze, join, product, regrouped, unify
 Axes = list[Axis]
 AxesOf = Callable[[Tensor], Axes]
 Rule = Callable[[AxesOf, Any, Any, list[Tensor]], "list[Axes] | None"]  # (axes of its tensors, args, kwargs, results) -> axes of the results
-POINTWISE = {"masked_fill", "where", "gelu", "softplus", "copy", "copy_", "lerp", "addcmul"}
+INPUT = "an axis of the data"
+OUTPUT = "an axis of the outputs"
+POSITIONS = "positions in space or in a kernel"
+ROWS = "rows of an embedding, which the data choose by number"
+INHERENT = {INPUT, OUTPUT, POSITIONS, ROWS}  # what no network can permute
+ORDERED = "an operation for which the order of entries counts runs along this axis"
+PICKED = "an operation picks entries by their position"
+POINTWISE = {"masked_fill", "where", "gelu", "softplus", "_prelu_kernel", "copy", "copy_", "lerp", "addcmul"}
 SAME_AXES = {
     "clone", "_to_copy", "detach", "alias", "lift_fresh", "contiguous", "_softmax", "_log_softmax", "_safe_softmax", "dropout", "native_dropout", "zeros_like", "ones_like", "fill",
     "bernoulli", "rand_like", "empty_like",
@@ -73,73 +81,19 @@ def _mv(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axe
     return [a[:-1]]
 
 
-def _embedding(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
-    table, index = axes_of(args[0]), args[1]
-    freeze(table[0])
-    return [[*(Axis(size, frozen=True) for size in index.shape), table[1]]]
+def _reduce_over(place: int) -> Rule:
+    """Reductions that do not depend on the order of entries; `place` is the argument that names the dimensions."""
 
+    def rule(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
+        own = axes_of(args[0])
+        given = args[place] if len(args) > place and args[place] is not None else kwargs.get("dim")
+        whole = given is None or (isinstance(given, Sequence) and not given)
+        dims = range(len(own)) if whole else [d % len(own) for d in ([given] if isinstance(given, int) else given)]
+        kept = made[0].ndim == len(own)
+        found = [Axis(1) if dim in dims else axis for dim, axis in enumerate(own) if kept or dim not in dims]
+        return [found for _ in made]
 
-def _convolution(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes] | None:
-    x, w = axes_of(args[0]), axes_of(args[1])
-    transposed, groups = bool(args[6]), int(args[8])
-    for axis in (*x[2:], *w[2:]):
-        freeze(axis)
-    if groups == 1:
-        unify(x[1], w[0] if transposed else w[1])
-        out = w[1] if transposed else w[0]
-    elif transposed:
-        return None
-    else:
-        group = Axis(groups)
-        unify(x[1], product([group, w[1]]))
-        unify(w[0], product([group, Axis(w[0].root.size // groups)]))
-        out = w[0]
-    if args[2] is not None:
-        unify(axes_of(args[2])[0], out)
-    return [[x[0], out, *(Axis(size, frozen=True) for size in made[0].shape[2:])]]
-
-
-def _layer_norm(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
-    x = axes_of(args[0])
-    for affine in args[2:4]:
-        if affine is not None:
-            for own, axis in zip(axes_of(affine), x[len(x) - affine.ndim :], strict=True):
-                unify(own, axis)
-    return [fitting(x, tensor) for tensor in made]
-
-
-def _group_norm(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
-    x, groups, channels = axes_of(args[0]), int(args[6]), int(args[4])
-    unify(x[1], product([Axis(groups), Axis(channels // groups)]))
-    for affine in args[1:3]:
-        if affine is not None:
-            unify(axes_of(affine)[0], x[1])
-    return [fitting(x, tensor) for tensor in made]
-
-
-def _batch_norm(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
-    x = axes_of(args[0])
-    for tensor in args[1:5]:
-        if isinstance(tensor, Tensor):
-            unify(axes_of(tensor)[0], x[1])
-    return [fitting(x, tensor) if tensor.ndim == len(x) else [x[1] if size == x[1].root.size else Axis(size) for size in tensor.shape] for tensor in made]
-
-
-def _reduce(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
-    own = axes_of(args[0])
-    given = args[1] if len(args) > 1 and args[1] is not None else kwargs.get("dim")
-    dims = range(len(own)) if given is None or given == [] else [d % len(own) for d in (given if isinstance(given, Sequence) else [given])]
-    kept = made[0].ndim == len(own)
-    found = [Axis(1) if dim in dims else axis for dim, axis in enumerate(own) if kept or dim not in dims]
-    return [found for _ in made]
-
-
-def _pool(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
-    own = axes_of(args[0])
-    batched = 2 if made[0].ndim == 4 or (made[0].ndim == 3 and args[0].ndim == 3) else 1
-    for axis in own[batched:]:
-        freeze(axis)
-    return [[*own[:batched], *(Axis(size, frozen=True) for size in tensor.shape[batched:])] for tensor in made]
+    return rule
 
 
 def _parts(axes_of: AxesOf, tensor: Tensor, dim: int, bounds: list[tuple[int, int]]) -> list[Axes]:
@@ -148,7 +102,7 @@ def _parts(axes_of: AxesOf, tensor: Tensor, dim: int, bounds: list[tuple[int, in
     dim %= len(own)
     found = [cut(own[dim], start, stop) for start, stop in bounds]
     if any(part is None for part in found):
-        freeze(own[dim])
+        freeze(own[dim], PICKED)
         found = [Axis(stop - start, frozen=True) for start, stop in bounds]
     return [[*own[:dim], part, *own[dim + 1 :]] for part in found if part is not None]
 
@@ -171,7 +125,7 @@ def _slice(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[
 
 def _select(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
     own = list(axes_of(args[0]))
-    freeze(own.pop(args[1] if len(args) > 1 else 0))
+    freeze(own.pop(args[1] if len(args) > 1 else 0), PICKED)
     return [own for _ in made]
 
 
@@ -186,22 +140,166 @@ def _cat(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Ax
     return [[join([axes[dim] for axes in each]) if place == dim else axis for place, axis in enumerate(each[0])]]
 
 
-def _cumulative(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
+def _along(place: int, default: int | None = None) -> Rule:
+    """Operations for which the order of entries along some dimensions counts; `place` is the argument that names those."""
+
+    def rule(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
+        own = list(axes_of(args[0]))
+        given = args[place] if len(args) > place else kwargs.get("dims", kwargs.get("dim", default))
+        whole = given is None or (isinstance(given, Sequence) and not given)
+        dims = range(len(own)) if whole else [d % len(own) for d in ([given] if isinstance(given, int) else given)]
+        for dim in dims:
+            freeze(own[dim], ORDERED)
+        found: list[Axes] = []
+        for tensor in made:
+            if tensor.ndim == len(own):
+                found.append([_frozen(n, ORDERED) if dim in dims else own[dim] for dim, n in enumerate(tensor.shape)])
+            else:
+                found.append([axis for dim, axis in enumerate(own) if dim not in dims])
+        return found
+
+    return rule
+
+
+def _frozen(size: int, reason: str) -> Axis:
+    return Axis(size, frozen=True, reason=reason)
+
+
+def _extreme(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
+    """Largest or smallest entries: without their numbers the order does not count."""
+    if len(made) == 1 and (len(args) < 2 or isinstance(args[1], Tensor)):
+        return [[]] if len(args) < 2 else [pairwise(axes_of, args[:2], made[0])]
+    return _along(1)(axes_of, args, kwargs, made) or []
+
+
+def pairwise(axes_of: AxesOf, tensors: Sequence[Tensor], out: Tensor) -> Axes:
+    """Axes of a result of entries: every input that has an axis in full moves with it."""
+    found: Axes = []
+    for back in range(out.ndim, 0, -1):
+        size = out.shape[-back]
+        inputs = [axes_of(t)[t.ndim - back] for t in tensors if t.ndim >= back and t.shape[-back] == size]
+        for other in inputs[1:]:
+            if size > 1:
+                unify(inputs[0], other)
+        found.append(inputs[0].root if inputs else Axis(size))
+    return found
+
+
+def _triangle(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
     own = axes_of(args[0])
-    freeze(own[args[1]])
+    for axis in own[-2:]:
+        freeze(axis, ORDERED)
     return [own]
 
 
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten"), _view), **dict.fromkeys(("t", "transpose"), _transpose), "permute": _permute,
-    "expand": _expand, "unsqueeze": _unsqueeze, "squeeze": _squeeze, **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _mm), "mv": _mv, "embedding": _embedding,
-    "convolution": _convolution, "native_layer_norm": _layer_norm, "native_group_norm": _group_norm,
-    **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "_batch_norm_with_update", "_batch_norm_no_update"), _batch_norm),
-    **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std", "var_mean", "logsumexp", "linalg_vector_norm"), _reduce),
-    **dict.fromkeys(("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "max_pool1d", "avg_pool1d", "upsample_nearest2d", "upsample_bilinear2d", "constant_pad_nd"), _pool),
-    **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split), "slice": _slice, **dict.fromkeys(("select", "unbind"), _select), "cat": _cat, "cumsum": _cumulative,
-}  # fmt: skip
-COMPUTES = {"mm", "addmm", "bmm", "baddbmm", "convolution", "native_layer_norm", "native_group_norm", "embedding"}  # rules whose results are new numbers
+def _stack(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % made[0].ndim
+    each = [axes_of(t) for t in args[0]]
+    for other in each[1:]:
+        for a, b in zip(each[0], other, strict=True):
+            unify(a, b)
+    return [[*each[0][:dim], _frozen(len(each), PICKED), *each[0][dim:]]]
+
+
+def _repeat(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
+    own, times = list(axes_of(args[0])), list(args[1])
+    own = [Axis(1) for _ in range(len(times) - len(own))] + own
+    return [[axis if n == 1 else product([Axis(n), axis]) for axis, n in zip(own, times, strict=True)]]
+
+
+def _dot(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
+    unify(axes_of(args[0])[0], axes_of(args[1])[0])
+    return [[]]
+
+
+def _fresh(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
+    return [[Axis(size) for size in tensor.shape] for tensor in made]
+
+
+def _glu(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes] | None:
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", -1)
+    half = made[0].shape[dim]
+    first, second = _parts(axes_of, args[0], dim, [(0, half), (half, 2 * half)])
+    unify(first[dim], second[dim])
+    return [first]
+
+
+def _index(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
+    """Indexing with tensors: indexed dimensions stay, the others move."""
+    return [_indexed(axes_of, args[0], args[1])]
+
+
+def _indexed(axes_of: AxesOf, tensor: Tensor, indices: Sequence[Tensor | None]) -> Axes:
+    own, dim, kept, places = axes_of(tensor), 0, list[Axis](), list[int]()
+    shapes = []
+    for index in indices:
+        if index is None:
+            kept.append(own[dim])
+            dim += 1
+            continue
+        for axis in axes_of(index):
+            freeze(axis, PICKED)
+        covered = index.ndim if index.dtype in (torch.bool, torch.uint8) else 1
+        for axis in own[dim : dim + covered]:
+            freeze(axis, PICKED)
+        places.append(len(kept))
+        shapes.append((int(index.count_nonzero()),) if covered != 1 or index.dtype == torch.bool else tuple(index.shape))
+        dim += covered
+    new = [_frozen(size, PICKED) for size in torch.broadcast_shapes(*shapes)]
+    start = places[0] if len(set(places)) == 1 else 0  # indices with a gap between them come first
+    return [*kept[:start], *new, *kept[start:], *own[dim:]]
+
+
+def _index_put(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
+    place, values = _indexed(axes_of, args[0], args[1]), axes_of(args[2])
+    for back in range(1, len(values) + 1):
+        if values[-back].root.size == place[-back].root.size:
+            unify(values[-back], place[-back])
+    return [axes_of(args[0])]
+
+
+def _index_dim(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
+    """index_select, index_add, index_copy, index_fill along one dimension."""
+    own, dim = list(axes_of(args[0])), args[1] % max(args[0].ndim, 1)
+    freeze(own[dim], PICKED)
+    if len(args) > 3 and isinstance(args[3], Tensor) and args[3].ndim == len(own):
+        for place, (a, b) in enumerate(zip(own, axes_of(args[3]), strict=True)):
+            if place == dim:
+                freeze(b, PICKED)
+            else:
+                unify(a, b)
+    return [[_frozen(n, PICKED) if place == dim else own[place] for place, n in enumerate(made[0].shape)]]
+
+
+SHAPE_RULES: dict[str, Rule] = {
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten"), _view),
+    **dict.fromkeys(("t", "transpose"), _transpose),
+    "permute": _permute,
+    "expand": _expand,
+    "unsqueeze": _unsqueeze,
+    "squeeze": _squeeze,
+    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _mm),
+    "mv": _mv,
+    **dict.fromkeys(("dot", "vdot"), _dot),
+    **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std", "var_mean", "logsumexp", "prod", "any", "all"), _reduce_over(1)),
+    **dict.fromkeys(("linalg_vector_norm", "norm"), _reduce_over(2)),
+    **dict.fromkeys(("max", "min"), _extreme),
+    **dict.fromkeys(("argmax", "argmin", "flip", "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"), _along(1)),
+    "sort": _along(1, -1),
+    **dict.fromkeys(("topk", "roll"), _along(2, None)),
+    **dict.fromkeys(("tril", "triu"), _triangle),
+    **dict.fromkeys(("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes"), _split),
+    "slice": _slice,
+    **dict.fromkeys(("select", "unbind"), _select),
+    "cat": _cat,
+    "stack": _stack,
+    "repeat": _repeat,
+    "glu": _glu,
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), _fresh),
+    **dict.fromkeys(("index", "_unsafe_index"), _index),
+    **dict.fromkeys(("index_put", "index_put_"), _index_put),
+    **dict.fromkeys(("index_select", "index_add", "index_add_", "index_copy", "index_fill"), _index_dim),
+}
 
 
 def fitting(axes: Axes, tensor: Tensor) -> Axes:

@@ -1,8 +1,8 @@
 """Permutations of units that leave a network's function as it is, read off its operations as it runs and then proven.
 
-Every operation that PyTorch dispatches while the model sees a few examples says which axes of its tensors move together (`axes`). What
-the rules below do not know keeps its axes where they are: that can only lose symmetries. The proof does not rely on the rules:
-random permutations of everything that is free must leave the outputs unchanged in float64.
+Every operation that PyTorch dispatches while the model sees some examples says which axes of its tensors move together (`axes`). What
+the rules do not know keeps its axes where they are, and so does what the examples do not reach: that can only lose symmetries. The proof
+does not rely on the rules: random permutations of everything that is free must leave the outputs of other examples as they are in float64.
 """
 
 from __future__ import annotations
@@ -10,21 +10,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrizations
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from .axes import Axis, factors_of, freeze, leaves_of, moved
-from .axis_rules import Axes
+from .axis_rules import INHERENT, Axes
 from .errors import OrographError
-from .nesting import tensors_in
+from .example_groups import DoubleNetwork, double_network, example_groups, tensors_of
+from .nesting import Batch
 from .objective import Objective
-from .renormalise import running_norms
 from .results import Point
-from .tracing import Tracer, Watch
-from .variants import on_few
+from .tracing import Tracer
+from .watching import Turned, Watched, run, watch
 
-EXAMPLES = 4  # that the model sees while it is watched
 SAME = 1e-8  # relative change of the outputs in float64 that rounding can make
+IN_PART = "in part: "  # where other units along the same axis can move
+BROKEN = "moving these units changed the outputs: something tells them apart that no operation shows"
 
 
 @dataclass
@@ -35,6 +38,9 @@ class Symmetry:
     units: dict[str, Axis]
     unknown: dict[str, int] = field(default_factory=dict)  # operations without a rule -> how often they ran
     rounding: float = 0.0  # unit round-off of the narrowest numbers that the model casts to inside
+    proof: list[Batch] = field(default_factory=list)  # examples that had no part in finding the symmetry
+    is_proof_of_watched: bool = False  # there are no such examples, so that the proof takes those that were watched
+    turned: list[Turned] = field(default_factory=list)  # decisions whose other answer is proven too
 
     def permuted(self, point: Point, orders: dict[str, Tensor], objective: Objective) -> Point:
         """The same function with its units in another order: entry i of the new order is entry order[i] of the old one."""
@@ -53,33 +59,63 @@ class Symmetry:
         frozen = {name: move(name, tensor) for name, tensor in point.frozen.items()}
         return replace(point, theta=theta, buffers=buffers, frozen=frozen)
 
+    def left(self, *, inherent: bool = True) -> dict[str, str]:
+        """What stays in place, as `tensor[dimension]`, and why.
 
-def find_symmetry(objective: Objective, watch: Watch | None = None, *, examples: int = EXAMPLES) -> Symmetry:
-    """Watch one forward pass in float64; no proof yet. Raises TypeError for a `batch_loss`, which hides the output."""
+        inherent: whether axes are listed that no network can permute: those of inputs and outputs, positions, rows of an embedding.
+        """
+        free = {axis.root for axis in self.units.values()}
+        found: dict[str, str] = {}
+        for name, own in self.axes.items():
+            for dim, axis in enumerate(own):
+                leaves = [leaf for leaf in leaves_of(axis) if leaf.size > 1]
+                kept = [leaf.reason for leaf in leaves if leaf not in free]
+                if kept and (inherent or not set(kept) <= INHERENT):
+                    reasons = "; ".join(dict.fromkeys(reason or "no reason was noted" for reason in kept))
+                    found[f"{name}[{dim}]"] = (IN_PART if len(kept) < len(leaves) else "") + reasons
+        return found
+
+    def keep(self, names: list[str], reason: str) -> Symmetry:
+        """The same symmetry without some of its units."""
+        for name in names:
+            freeze(self.units[name], reason)
+        return replace(self, units={name: axis for name, axis in self.units.items() if name not in names})
+
+
+def moving_buffers(model: nn.Module) -> set[int]:
+    """Ids of the buffers that belong to units: running statistics, and the vectors of spectral norms."""
+    found: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, _NormBase):
+            found |= {id(module.running_mean), id(module.running_var)}
+        if isinstance(module, parametrizations._SpectralNorm):
+            found |= {id(getattr(module, name, None)) for name in ("_u", "_v")}
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm):
+                found |= {id(getattr(module, f"{hook.name}_{end}")) for end in "uv"}
+    return found - {id(None)}
+
+
+def named_tensors(network: DoubleNetwork) -> dict[str, Tensor]:
+    """What may have units: parameters and `moving_buffers`, inside `network.applied()`."""
+    snapshot = network.snapshot
+    own = {name: getattr(*slots[0]) for name, slots in snapshot.slots.buffers.items()}
+    movable = moving_buffers(snapshot.model)
+    return {**snapshot.leaves, **snapshot.frozen} | {name: tensor for name, tensor in own.items() if id(tensor) in movable}
+
+
+def find_symmetry(objective: Objective, seed: int = 0) -> Symmetry:
+    """Watch forward passes of some examples in float64; no proof yet. Raises TypeError for a `batch_loss`, which hides the output."""
     if objective.recipe.batch_loss is not None:
         raise TypeError("alignment needs the network's output, which a batch_loss hides. Use Objective(model, criterion, data, forward=lambda model, batch: (output, target)).")
-    few = on_few(objective, examples, double=True)
-    snapshot = few.snapshot
-    named: dict[str, Tensor] = {**snapshot.leaves, **snapshot.frozen}
-    with few.applied(), torch.no_grad():
-        own = {name: getattr(*slots[0]) for name, slots in snapshot.slots.buffers.items()}
-        statistics = {id(tensor) for norm in running_norms(snapshot.model) for tensor in (norm.running_mean, norm.running_var)}
-        named |= {name: tensor for name, tensor in own.items() if id(tensor) in statistics}
-        tracer = Tracer(watch)
-        for tensor in named.values():
-            tracer.label(tensor, [Axis(size) for size in tensor.shape])
-        term = next(iter(few.terms()))
-        for tensor in tensors_in(term.batch):
-            tracer.label(tensor, [Axis(size, frozen=True) for size in tensor.shape])
-            tracer.fed.add(id(tensor))
-        with tracer:
-            output = term.output()
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor):
-                for axis in tracer.axes(tensor):
-                    freeze(axis)
-        axes = {name: tracer.axes(tensor) for name, tensor in named.items()}
-    return Symmetry(axes, _units(axes), tracer.unknown, tracer.rounding)
+    network = double_network(objective)
+    with network.applied():
+        named = named_tensors(network)
+        groups = example_groups(objective, seed)
+        seen = watch(network, named, groups)
+    trace = seen.tracer.trace
+    axes = {name: seen.tracer.axes(tensor) for name, tensor in named.items()}
+    return Symmetry(axes, _units(axes), trace.unknown, trace.rounding, seen.proof or groups[0], not seen.proof, seen.turned)
 
 
 def _units(axes: dict[str, Axes]) -> dict[str, Axis]:
@@ -89,24 +125,36 @@ def _units(axes: dict[str, Axes]) -> dict[str, Axis]:
         for dim, axis in enumerate(own):
             for factor in factors_of(axis):
                 if factor.kind == "join" and len(factors_of(axis)) > 1:
-                    freeze(factor)  # a join inside a product: rare, and left where it is
+                    freeze(factor, "its parts lie end to end inside of another axis")  # rare
             for leaf in leaves_of(axis):
                 if leaf.size > 1 and not leaf.frozen and leaf not in found:
                     found[leaf] = f"{name}[{dim}]" + (f".{len(found)}" if f"{name}[{dim}]" in found.values() else "")
     return {name: leaf for leaf, name in found.items() if not leaf.frozen}
 
 
-def prove(objective: Objective, symmetry: Symmetry, seed: int = 0) -> None:
-    """Random orders of all units must leave the outputs as they are in float64. OrographError names the module where they do not."""
-    few = on_few(objective, EXAMPLES, double=True)
+def prove(objective: Objective, symmetry: Symmetry, seed: int = 0) -> Symmetry:
+    """Random orders of all units must leave the outputs of the proof's examples as they are in float64.
+
+    Units that do not are kept in place. OrographError names the module where none are left.
+    """
+    if not symmetry.units:
+        return symmetry
     generator = torch.Generator().manual_seed(seed)
     orders = {name: torch.randperm(axis.size, generator=generator) for name, axis in symmetry.units.items()}
-    before = _outputs(few)
+    before = _outputs(objective, symmetry, objective.point())
     rounding = max(SAME, 100 * symmetry.rounding)
-    if _changed(few, symmetry, orders, before) <= rounding:
-        return
-    broken = [name for name, order in orders.items() if _changed(few, symmetry, {name: order}, before) > rounding]
-    modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in broken or orders))
+
+    def changes(chosen: dict[str, Tensor]) -> bool:
+        after = _outputs(objective, symmetry, symmetry.permuted(objective.point(), chosen, objective))
+        return not _same(after, before, rounding)
+
+    if not changes(orders):
+        return symmetry
+    broken = [name for name, order in orders.items() if changes({name: order})] or list(orders)
+    rest = {name: order for name, order in orders.items() if name not in broken}
+    if rest and not changes(rest):
+        return symmetry.keep(broken, BROKEN)
+    modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in broken))
     unknown = f" Operations without a rule: {', '.join(symmetry.unknown)}." if symmetry.unknown else ""
     raise OrographError(
         f"the permutations found for {', '.join(modules[:5])} change the function, so this network cannot be aligned: something there tells its units "
@@ -114,12 +162,22 @@ def prove(objective: Objective, symmetry: Symmetry, seed: int = 0) -> None:
     )
 
 
-def _changed(few: Objective, symmetry: Symmetry, orders: dict[str, Tensor], before: list[Tensor]) -> float:
-    """Largest change of the outputs, relative to their size."""
-    after = _outputs(few.at(symmetry.permuted(few.point(), orders, few)))
-    return max(float((a - b).abs().max()) / max(float(b.abs().max()), 1e-300) for a, b in zip(after, before, strict=True))
+def _same(after: list[Tensor], before: list[Tensor], rounding: float) -> bool:
+    """Whether outputs agree, each relative to its own size; entries that are no numbers must be so in both."""
+    for x, y in zip(after, before, strict=True):
+        if x.shape != y.shape or not torch.equal(x.isfinite(), y.isfinite()):
+            return False
+        x, y = (torch.where(t.isfinite(), t, torch.zeros_like(t)) for t in (x, y))
+        if y.numel() and float((x - y).abs().max()) > rounding * max(float(y.abs().max()), 1e-300):
+            return False
+    return len(after) == len(before)
 
 
-def _outputs(few: Objective) -> list[Tensor]:
-    with few.applied(), torch.no_grad():
-        return [t for term in few.terms() for t in tree_leaves(term.output()) if isinstance(t, Tensor) and t.is_floating_point()]
+def _outputs(objective: Objective, symmetry: Symmetry, point: Point) -> list[Tensor]:
+    """Of the proof's examples, and of those whose decisions are turned over."""
+    network = double_network(objective).at(point)
+    with network.applied():
+        found = [t for batch in symmetry.proof for t in tensors_of(network.term(batch).output())]
+        for turned in symmetry.turned:
+            found += tensors_of(run(Watched(Tracer()), network, turned))
+    return found

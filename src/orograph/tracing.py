@@ -1,46 +1,127 @@
-"""Watches a network run: gives the result of every operation its axes."""
+"""Watches a network run: gives the result of every operation its axes, and notes what the run reached and decided by."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from .axes import Axis, freeze, unify
-from .axis_rules import COMPUTES, POINTWISE, RULES, SAME_AXES, Axes, fitting
+from .axes import Axis, freeze
+from .axis_rules import POINTWISE, SAME_AXES, Axes, fitting, pairwise
+from .layer_axis_rules import COMPUTES, RULES
 
-Watch = Callable[[int, Tensor, Axes], None]  # number of the operation, what it made of the data, its axes
+Place = tuple[str, int, int, str]  # module, number of its call, operation within the call, name of the operation
+CONSTANT = "a constant of the network tells its entries apart"
+
+
+@dataclass
+class Level:
+    """One call of a module: its name, the number of this call, and the operations that ran in its own code so far."""
+
+    module: str
+    call: int
+    operations: int = 0
+
+
+@dataclass
+class Trace:
+    """What runs of a network have shown."""
+
+    reached: set[str] = field(default_factory=set)  # named tensors that an operation used
+    called: set[str] = field(default_factory=set)  # modules that ran
+    visible: dict[str, list[Axes]] = field(default_factory=dict)  # module -> axes of the tensors that its own code handled
+    operations: dict[str, set[str]] = field(default_factory=dict)  # module -> names of operations in its own code
+    unknown: dict[str, int] = field(default_factory=dict)  # operations without a rule -> how often they ran
+    rounding: float = 0.0  # unit round-off of the narrowest numbers that were made inside
 
 
 class Tracer(TorchDispatchMode):
-    """Gives the result of every operation its axes. A tensor that it has not seen is a constant: an axis along which it varies is frozen."""
+    """Gives the result of every operation its axes. A tensor that it has not seen is a constant: an axis along which it varies is frozen.
 
-    def __init__(self, watch: Watch | None = None) -> None:
+    Several runs share the axes of the `named` tensors, so that what any run shows holds for all.
+    """
+
+    def __init__(self, named: Mapping[str, Tensor] | None = None, axes: Mapping[str, Axes] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.known: dict[int, tuple[Tensor, Axes]] = {}  # the tensor is held, so that its id stays its own
-        self.unknown: dict[str, int] = {}
-        self.fed: set[int] = set()  # what depends on the data
-        self.watch, self.count, self.rounding = watch, 0, 0.0
+        self.known: Any = WeakTensorKeyDictionary()  # tensor -> axes
+        self.fed: Any = WeakTensorKeyDictionary()  # tensors that depend on the data
+        self.names: Any = WeakTensorKeyDictionary()
+        self.trace = Trace()
+        self.count = 0  # of all operations
+        self.collect: Callable[[Place, Tensor, Axes], None] | None = None  # what is to be done with results
+        self.stack = [Level("", 0)]
+        self.calls: dict[str, int] = {}
+        for name, tensor in (named or {}).items():
+            self.label(tensor, axes[name] if axes else [Axis(size) for size in tensor.shape])
+            self.names[tensor] = name
 
-    def label(self, tensor: Tensor, axes: Axes) -> None:
-        self.known[id(tensor)] = tensor, axes
+    def label(self, tensor: Tensor, axes: Axes, *, fed: bool = False) -> None:
+        """From now on the tensor has these axes."""
+        self.known[tensor] = axes
+        if fed:
+            self.fed[tensor] = True
 
     def axes(self, tensor: Tensor) -> Axes:
         """Axes of a tensor, constants included."""
-        if id(tensor) not in self.known:
-            self.label(tensor, [Axis(size, frozen=size > 1 and not _uniform(tensor, dim)) for dim, size in enumerate(tensor.shape)])
-        return self.known[id(tensor)][1]
+        if tensor not in self.known:
+            self.label(tensor, [_constant(tensor, dim) for dim in range(tensor.ndim)])
+        found: Axes = self.known[tensor]
+        return found
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """One run of the model, whose modules tell when they start and end."""
+        self.stack, self.calls = [Level("", 0)], {}
+        hooks = []
+        for name, module in model.named_modules():
+            hooks.append(module.register_forward_pre_hook(self._entering(name), with_kwargs=True, prepend=True))
+            hooks.append(module.register_forward_hook(self._leaving(name), with_kwargs=True, always_call=True))
+        try:
+            with self:
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _entering(self, name: str) -> Callable[..., None]:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.trace.called.add(name)
+            self._note(self.stack[-1].module, (args, kwargs))
+            call = self.calls[name] = self.calls.get(name, -1) + 1
+            self.stack.append(Level(name, call))
+            self._note(name, (args, kwargs))
+
+        return enter
+
+    def _leaving(self, name: str) -> Callable[..., None]:
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            while len(self.stack) > 1 and self.stack.pop().module != name:
+                pass
+            self._note(self.stack[-1].module, output)
+
+        return leave
+
+    def _note(self, module: str, tensors: Any) -> None:
+        """The module's own code has these tensors at hand."""
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor) and tensor in self.fed:
+                self.trace.visible.setdefault(module, []).append(self.axes(tensor))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.count += 1
         result = func(*args, **kwargs)
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        if not made or not any(id(t) in self.known for t in given):
+        self.trace.reached |= {self.names[t] for t in given if t in self.names}
+        if not made or not any(t in self.known for t in given):
             return result  # nothing but constants
         name = func._overloadpacket.__name__
         try:
@@ -48,22 +129,33 @@ class Tracer(TorchDispatchMode):
         except (ValueError, IndexError):  # a form of the operation that its rule does not fit
             found = None
         if found is None:
-            self.unknown[name] = self.unknown.get(name, 0) + 1
-            for tensor in given:
-                for axis in self.axes(tensor):
-                    freeze(axis)
-            found = [[Axis(size, frozen=True) for size in tensor.shape] for tensor in made]
-        self.count += 1
-        fed = any(id(t) in self.fed for t in given)
-        for tensor, axes in zip(made, found, strict=True):
-            self.label(tensor, axes)
-            if tensor.is_floating_point():
-                self.rounding = max(self.rounding, torch.finfo(tensor.dtype).eps)
-            if fed:
-                self.fed.add(id(tensor))
-            if fed and self.watch is not None and (name not in RULES or name in COMPUTES):
-                self.watch(self.count, tensor, axes)
+            found = self._without_rule(name, given, made)
+        self._record(name, given, made, found)
         return result
+
+    def _record(self, name: str, given: list[Tensor], made: list[Tensor], found: list[Axes]) -> None:
+        """Label the results of an operation and note where they were made."""
+        level = self.stack[-1]
+        level.operations += 1
+        fed = any(t in self.fed for t in given)
+        if fed:
+            self.trace.operations.setdefault(level.module, set()).add(name)
+        for number, (tensor, axes) in enumerate(zip(made, found, strict=True)):
+            self.label(tensor, axes, fed=fed)
+            if tensor.is_floating_point():
+                self.trace.rounding = max(self.trace.rounding, torch.finfo(tensor.dtype).eps)
+            if fed:
+                self.trace.visible.setdefault(level.module, []).append(axes)
+            if fed and number == 0 and self.collect is not None and worth_comparing(name, tensor):
+                self.collect((level.module, level.call, level.operations, name), tensor, axes)
+
+    def _without_rule(self, name: str, given: list[Tensor], made: list[Tensor]) -> list[Axes]:
+        """What no rule is known for keeps everything where it is."""
+        self.trace.unknown[name] = self.trace.unknown.get(name, 0) + 1
+        for tensor in given:
+            for axis in self.axes(tensor):
+                freeze(axis, f"the operation {name} has no rule for these axes")
+        return [[Axis(size, frozen=True) for size in tensor.shape] for tensor in made]
 
     def _found(self, name: str, func: Any, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor]) -> list[Axes] | None:
         if name in RULES:
@@ -71,22 +163,17 @@ class Tracer(TorchDispatchMode):
         if name in SAME_AXES:
             return [fitting(self.axes(given[0]), tensor) for tensor in made]
         if torch.Tag.pointwise in func.tags or name in POINTWISE:
-            return [self.broadcast(given, tensor) for tensor in made]
+            return [pairwise(self.axes, given, tensor) for tensor in made]
         return None
 
-    def broadcast(self, given: Sequence[Tensor], out: Tensor) -> Axes:
-        """Axes of a result of entries: every input that has an axis in full moves with it."""
-        found: Axes = []
-        for back in range(out.ndim, 0, -1):
-            size = out.shape[-back]
-            inputs = [self.axes(t)[t.ndim - back] for t in given if t.ndim >= back and t.shape[-back] == size]
-            for other in inputs[1:]:
-                if size > 1:
-                    unify(inputs[0], other)
-            found.append(inputs[0].root if inputs else Axis(size))
-        return found
+
+def worth_comparing(name: str, tensor: Tensor) -> bool:
+    """Whether an operation makes new numbers, which tell units apart, and does not only move them."""
+    return tensor.is_floating_point() and tensor.ndim > 1 and (name not in RULES or name in COMPUTES)
 
 
-def _uniform(tensor: Tensor, dim: int) -> bool:
-    """Whether all slices along an axis are alike."""
-    return tensor.numel() == 0 or bool((tensor == tensor.select(dim, 0).unsqueeze(dim)).all())
+def _constant(tensor: Tensor, dim: int) -> Axis:
+    """An axis of a constant: free where all slices are alike."""
+    size = tensor.shape[dim]
+    alike = size <= 1 or tensor.numel() == 0 or bool((tensor == tensor.select(dim, 0).unsqueeze(dim)).all())
+    return Axis(size) if alike else Axis(size, frozen=True, reason=CONSTANT)

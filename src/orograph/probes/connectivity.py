@@ -6,8 +6,9 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..alignment import align
+from ..alignment import Alignment, align
 from ..arguments import AtLeastOne, Grid, Positive, Seed, Whole
+from ..axis_rules import INHERENT
 from ..curves import fit_path
 from ..errors import OrographError
 from ..objective import Objective
@@ -18,6 +19,7 @@ from ..registry import Results, probe
 from ..renormalise import Repair
 from ..results import Curve, Point, Result, Table
 from ..subject import Subject
+from ..symmetries import IN_PART
 
 STRAIGHT, WEIGHTS, ACTIVATIONS, RENORMALISED, CURVED = "straight line", "aligned by weights", "aligned by activations", "aligned and renormalised", "curve with one bend"
 
@@ -37,7 +39,20 @@ def _says(results: Results) -> str:
     said = f"The straight line has a barrier of {straight:.3g}, {best['stage']} one of {best['barrier']:.3g}{curve}. {advice}."
     policies = {row["stage"]: row["statistics"] for row in (rows[STRAIGHT], best, *rows.values()) if row["stage"] in (STRAIGHT, best["stage"], CURVED)}
     known = {name: policy for name, policy in policies.items() if policy != "as they are"}
-    return said + remarks(results["ends"], "; ".join(f"{name}, {policy}" for name, policy in known.items()) or "as they are")
+    return said + _says_units(results) + remarks(results["ends"], "; ".join(f"{name}, {policy}" for name, policy in known.items()) or "as they are")
+
+
+def _says_units(results: Results) -> str:
+    """One sentence on what was not permuted, if anything was not."""
+    table = results.get("units")
+    if not isinstance(table, Table):
+        return ""
+    kept = [row for row in table.rows if not row["permuted"]]
+    if len(kept) == len(table.rows):
+        return f" Nothing could be permuted, so the networks are compared as their units are numbered: {kept[0]['reason']}."
+    if kept:
+        return f" {len(kept)} of {len(table.rows)} kinds of units stay in place, such as {kept[0]['units']}: {kept[0]['reason']}."
+    return ""
 
 
 @dataclass(frozen=True)
@@ -58,15 +73,17 @@ def connectivity(
     r"""Barriers between two networks: on the straight line, with b's units in a's order, repaired, and on a trained curve.
 
     `stages`: for each the barrier of the loss over the chord between its ends (refined, with its 95 % interval over examples), that of the error, the loss at the
-    midpoint, the arc length, seconds, and forwards and gradients of the whole data set. What cannot be aligned says so in `missing`. `merged`: the
-    midpoint of the best line, repaired, as a Point that `objective.state_dict` turns into a checkpoint. `curve_epochs` of 0: no curve.
+    midpoint, the arc length, seconds, and forwards and gradients of the whole data set. What cannot be aligned says so in `missing`. `units`: the kinds of
+    units, whether they were permuted and, if they stay in place, why. `merged`: the midpoint of the best line, repaired, as a Point that
+    `objective.state_dict` turns into a checkpoint. `curve_epochs` of 0: no curve.
     """
     objective = subject.objective
     results: dict[str, Result] = {}
     rows: list[dict[str, Any]] = []
     best: tuple[float, Path] | None = None
     with progress_bar(subject.progress, "connectivity", unit="point") as report:
-        for stage in _stages(subject, a, b, curve_epochs, curve_learning_rate, batch_size, seed):
+        stages, units = _stages(subject, a, b, curve_epochs, curve_learning_rate, batch_size, seed)
+        for stage in stages:
             began = time.perf_counter()
             profile = trace_path(objective, stage.path, statistics=stage.statistics, resolution=resolution, report=report)
             row = _row(stage, profile, stage.seconds + time.perf_counter() - began)
@@ -80,22 +97,32 @@ def connectivity(
     assert best is not None  # the straight line is always there
     merged = replace(_merged(objective, best[1]), label=f"{a.label} and {b.label} merged")
     results["stages"] = Table(rows=rows, x="stage", y="barrier", draw="bars", label="barriers between the two networks")
+    if units:
+        results["units"] = Table(rows=units, x="units", y="permuted", label="units of the aligned network")
     results["merged"] = merged
     return results | _merged_row(objective, subject.held_out, merged)
 
 
-def _stages(subject: Subject, a: Point, b: Point, epochs: int, rate: float, batch_size: int, seed: int) -> list[Stage]:
+def _stages(
+    subject: Subject, a: Point, b: Point, epochs: int, rate: float, batch_size: int, seed: int
+) -> tuple[list[Stage], list[dict[str, Any]]]:
+    """All ways from a to b, and rows on the units that were permuted or not."""
     objective = subject.objective
+    units: list[dict[str, Any]] = []
     found = [Stage(STRAIGHT, Line(a, b), "interpolated", 0.0, 0.0)]
     lines: list[Path] = [found[0].path]
     for name, method in ((WEIGHTS, "weights"), (ACTIVATIONS, "activations")):
         began = time.perf_counter()
         try:
-            point = align(objective, a, b, method=method, seed=seed).point  # type: ignore[arg-type]
+            aligned = align(objective, a, b, method=method, seed=seed)  # type: ignore[arg-type]
         except (OrographError, TypeError) as error:
             subject.missing[name] = str(error)
             continue
-        lines.append(Line(a, point))
+        units = _unit_rows(aligned)
+        if not aligned.permutations:
+            subject.missing[name] = f"nothing could be permuted: {units[0]['reason']}"
+            continue
+        lines.append(Line(a, aligned.point))
         found.append(Stage(name, lines[-1], "interpolated", time.perf_counter() - began, 0.0))
     began = time.perf_counter()
     middles = [objective.at(_merged(objective, line)).value() for line in lines]
@@ -104,7 +131,19 @@ def _stages(subject: Subject, a: Point, b: Point, epochs: int, rate: float, batc
         began = time.perf_counter()
         curve = fit_path(objective, a, b, epochs=epochs, learning_rate=rate, batch_size=batch_size, seed=seed, progress=subject.progress)
         found.append(Stage(CURVED, curve, "reestimated", time.perf_counter() - began, float(epochs)))
-    return found
+    return found, units
+
+
+def _unit_rows(aligned: Alignment) -> list[dict[str, Any]]:
+    """One row for each kind of unit, permuted or in place; axes that no network can permute are left out."""
+    rows: list[dict[str, Any]] = [
+        {"units": name, "size": len(order), "permuted": True, "reason": ""} for name, order in aligned.permutations.items()
+    ]
+    for name, reason in aligned.left.items():
+        if not set(reason.removeprefix(IN_PART).split("; ")) <= INHERENT:
+            rows.append({"units": name, "permuted": False, "reason": reason})
+    nothing = "the network has no units between its inputs and its outputs"
+    return rows or [{"units": "none", "permuted": False, "reason": nothing}]
 
 
 def _merged(objective: Objective, line: Path) -> Point:
