@@ -103,7 +103,7 @@ def _parts(axes_of: AxesOf, tensor: Tensor, dim: int, bounds: list[tuple[int, in
     found = [cut(own[dim], start, stop) for start, stop in bounds]
     if any(part is None for part in found):
         freeze(own[dim], PICKED)
-        found = [Axis(stop - start, frozen=True) for start, stop in bounds]
+        found = [Axis(stop - start, frozen=True, reason=PICKED) for start, stop in bounds]
     return [[*own[:dim], part, *own[dim + 1 :]] for part in found if part is not None]
 
 
@@ -273,11 +273,11 @@ def _index_dim(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> l
 
 SHAPE_RULES: dict[str, Rule] = {
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten"), _view),
-    **dict.fromkeys(("t", "transpose"), _transpose),
+    **dict.fromkeys(("t", "transpose", "t_", "transpose_"), _transpose),
     "permute": _permute,
     "expand": _expand,
-    "unsqueeze": _unsqueeze,
-    "squeeze": _squeeze,
+    **dict.fromkeys(("unsqueeze", "unsqueeze_"), _unsqueeze),
+    **dict.fromkeys(("squeeze", "squeeze_"), _squeeze),
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _mm),
     "mv": _mv,
     **dict.fromkeys(("dot", "vdot"), _dot),
@@ -305,5 +305,5 @@ SHAPE_RULES: dict[str, Rule] = {
 def fitting(axes: Axes, tensor: Tensor) -> Axes:
     """The same axes where shapes agree; a fresh, frozen one elsewhere (mean and variance of a norm)."""
     if len(axes) != tensor.ndim:
-        return [Axis(size, frozen=True) for size in tensor.shape]
-    return [axis if axis.root.size == size else Axis(size, frozen=size > 1) for axis, size in zip(axes, tensor.shape, strict=True)]
+        return [Axis(size, frozen=True, reason=POSITIONS) for size in tensor.shape]
+    return [axis if axis.root.size == size else Axis(size, frozen=size > 1, reason=POSITIONS) for axis, size in zip(axes, tensor.shape, strict=True)]

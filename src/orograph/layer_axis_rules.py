@@ -33,7 +33,7 @@ def _convolution(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) ->
         out = w[0]
     if args[2] is not None:
         unify(axes_of(args[2])[0], out)
-    return [[x[0], out, *(Axis(size, frozen=True) for size in made[0].shape[2:])]]
+    return [[x[0], out, *(Axis(size, frozen=True, reason=POSITIONS) for size in made[0].shape[2:])]]
 
 
 def _layer_norm(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:

@@ -69,11 +69,9 @@ class Tracer(TorchDispatchMode):
             self.fed[tensor] = True
 
     def axes(self, tensor: Tensor) -> Axes:
-        """Axes of a tensor, constants included."""
-        if tensor not in self.known:
-            self.label(tensor, [_constant(tensor, dim) for dim in range(tensor.ndim)])
-        found: Axes = self.known[tensor]
-        return found
+        """Axes of a tensor. Those of a constant are new at every use: it ties nothing to anything else that uses it."""
+        found: Axes | None = self.known.get(tensor)
+        return [_constant(tensor, dim) for dim in range(tensor.ndim)] if found is None else found
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -130,6 +128,10 @@ class Tracer(TorchDispatchMode):
             found = None
         if found is None:
             found = self._without_rule(name, given, made)
+        for tensor, axes in zip(made, found, strict=True):
+            if func._schema.is_mutable and tensor not in self.known and not _is_whole(tensor):
+                for axis in axes:
+                    freeze(axis, "they are written into a part of another tensor")
         self._record(name, given, made, found)
         return result
 
@@ -152,10 +154,11 @@ class Tracer(TorchDispatchMode):
     def _without_rule(self, name: str, given: list[Tensor], made: list[Tensor]) -> list[Axes]:
         """What no rule is known for keeps everything where it is."""
         self.trace.unknown[name] = self.trace.unknown.get(name, 0) + 1
+        reason = f"the operation {name} has no rule for these axes"
         for tensor in given:
             for axis in self.axes(tensor):
-                freeze(axis, f"the operation {name} has no rule for these axes")
-        return [[Axis(size, frozen=True) for size in tensor.shape] for tensor in made]
+                freeze(axis, reason)
+        return [[Axis(size, frozen=True, reason=reason) for size in tensor.shape] for tensor in made]
 
     def _found(self, name: str, func: Any, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor]) -> list[Axes] | None:
         if name in RULES:
@@ -170,6 +173,11 @@ class Tracer(TorchDispatchMode):
 def worth_comparing(name: str, tensor: Tensor) -> bool:
     """Whether an operation makes new numbers, which tell units apart, and does not only move them."""
     return tensor.is_floating_point() and tensor.ndim > 1 and (name not in RULES or name in COMPUTES)
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor has all the memory that it is in, and is not a view of a part."""
+    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
 
 
 def _constant(tensor: Tensor, dim: int) -> Axis:
