@@ -75,7 +75,7 @@ def test_interrupt_saves_what_was_spent(method, tmp_path):
 
     def matmat(V):
         calls.append(V.shape[1])
-        if len(calls) == 6:
+        if len(calls) == 10:  # the first few tell one matrix from another, and prove that it is symmetric
             raise KeyboardInterrupt
         return values[:, None] * V
 
@@ -107,7 +107,7 @@ def test_checkpoint_of_another_job_is_refused(tmp_path):
         trace(operator(decay(30)), max_products=20, checkpoint=path, seed=1)
     with pytest.raises(ValueError, match=r"dtype is 'torch.float64' there.*size is 30 there and 31 here"):
         trace(operator(decay(31), torch.float32), max_products=20, checkpoint=path)
-    with pytest.raises(ValueError, match="about is"):
+    with pytest.raises(ValueError, match="curvature is None there and 'ggn' here"):
         trace(operator(decay(30), about={"curvature": "ggn", "note": object()}), max_products=20, checkpoint=path)
 
 

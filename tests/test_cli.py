@@ -371,3 +371,77 @@ def test_ctrl_c_says_what_is_kept(tmp_path):
         process.send_signal(signal.SIGINT)
         output = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "samples are kept in" in output and "the same command goes on" in output and "Traceback" not in output
+
+
+# -- a second run, and a run without room ---------------------------------------------------------------------------------------
+
+
+CHECKPOINTS = [word for name in ("first", "later") for word in ("--weights", f"{name}.pt")]
+
+
+def test_a_second_run_measures_nothing_that_is_saved(here):
+    first, _ = measured("task.py", "gradient", "probe_of_mine", *CHECKPOINTS)
+    again, output = measured("task.py", "gradient", "probe_of_mine", *CHECKPOINTS, "--threads", "1")
+    assert [r.created for r in again] == [r.created for r in first] and len(again) == 4
+    assert output.count("Saved already, not measured again") == 4 and "gradient of later" in output and "with 4 of earlier runs" in output
+
+
+@pytest.mark.parametrize("change", ["weights", "setting", "seed", "data", "loss", "held out", "probe", "again"])
+def test_a_second_run_measures_what_is_another_measurement(here, change):
+    arguments = ["task.py", "probe_of_mine", "--weights", "first.pt"]
+    measured(*arguments)
+    text = Path("task.py").read_text()
+    if change == "weights":
+        torch.save({key: value * 1.001 for key, value in torch.load("first.pt").items()}, "first.pt")
+    edits = {"data": ("torch.randn(30, 4", "1.001 * torch.randn(30, 4"), "loss": ("nn.CrossEntropyLoss()", "nn.CrossEntropyLoss(label_smoothing=0.001)"),
+             "held out": ("x[20:], y[20:]", "x[21:], y[21:]"), "probe": ("loss * number", "loss * number * 1.0")}  # fmt: skip
+    if change in edits:
+        assert edits[change][0] in text
+        Path("task.py").write_text(text.replace(*edits[change]))
+    more = {"setting": ["--set", "probe_of_mine.number=2"], "seed": ["--seed", "1"], "again": ["--again"]}.get(change, [])
+    records, output = measured(*arguments, *more)
+    assert len(records) == 2 and "Saved already" not in output
+
+
+def test_a_run_that_is_killed_goes_on_with_what_is_missing(here):
+    text = Path("task.py").read_text().replace('if subject.objective.label == "later":', "if False:").replace("import torch\n", "import os, signal, torch\n", 1)
+    killing = "    if subject.objective.label == 'later' and not os.path.exists('dead'):\n        open('dead', 'w').close()\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+    Path("task.py").write_text(text.replace('    """A probe that fails at one checkpoint."""\n', '    """A probe that kills its process once."""\n' + killing))
+    command = [str(Path(sys.executable).with_name("orograph")), "measure", "task.py", "gradient", "refuses_later", "probe_of_mine", *CHECKPOINTS, "--out", "out"]
+    runs = [subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=100, check=False) for _ in range(2)]
+    assert [done.returncode for done in runs] == [-signal.SIGKILL, 0], runs[1].stderr
+    assert runs[1].stdout.count("Saved already") == 4 and "Saved already, not measured again: gradient of later" in runs[1].stdout
+    assert [(r.probe, r.label) for r in og.load_records("out/records")] == [(probe, label) for label in ("first", "later") for probe in ("gradient", "refuses_later", "probe_of_mine")]
+    assert not [path for path in Path("out").rglob("*") if path.name.endswith((".partial", ".lock"))]
+
+
+FULL = """
+import errno, os, sys
+import orograph.durable as durable
+from orograph.cli import app
+real = durable.append_line
+def full(path, line):
+    if os.path.exists("full"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    real(path, line)
+import orograph.records
+orograph.records.append_line = full
+app()
+"""
+
+
+@pytest.mark.parametrize("freed", [True, False])
+def test_a_full_disk_costs_no_measurement(here, freed):
+    Path("full.py").write_text(FULL)
+    Path("full").touch()
+    text = Path("task.py").read_text().replace('if subject.objective.label == "later":', "if False:").replace("import torch\n", "import os, torch\n", 1)
+    Path("task.py").write_text(text.replace('    """A probe that fails at one checkpoint."""\n', '    """A probe that makes room."""\n' + ("    os.remove('full')\n" if freed else "")))
+    command = [sys.executable, "full.py", "measure", "task.py", "gradient", "refuses_later", "--out", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=100, check=False)
+    assert "records cannot be saved in out/records (No space left on device). Measuring goes on" in done.stderr and "gradient of Linear" in done.stdout
+    assert done.stderr.count("cannot be saved") == 1 and (freed or not list(Path("out/records/arrays").iterdir()))
+    if freed:
+        assert done.returncode == 0 and len(og.load_records("out/records")) == 2
+    else:
+        assert done.returncode == 1 and "Not saved in out/records (No space left on device): gradient of Linear, refuses_later of Linear" in done.stderr
+        assert Path("out/report.html").exists()

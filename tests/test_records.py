@@ -1,5 +1,6 @@
 """Records: what is saved comes back exactly, whatever is done to the process that saves."""
 
+import json
 import math
 import multiprocessing
 import sys
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from orograph.durable import sealed_line
 from orograph.encoding import decode, encode
 from orograph.errors import OrographWarning, RecordError
 from orograph.records import Record, Records, load_records, save_records
@@ -169,8 +171,8 @@ def test_damage_elsewhere_names_file_and_line(tmp_path):
     save_records([Record(probe="a", results={}), Record(probe="b", results={})], tmp_path)
     path = tmp_path / "records.jsonl"
     path.write_bytes(b"{" + path.read_bytes())
-    with pytest.raises(RecordError, match=r"records\.jsonl, line 1 is damaged .*Restore the file, or remove that line"):
-        load_records(tmp_path)
+    with pytest.warns(OrographWarning, match=r"records\.jsonl, line 1 is damaged .*Restore the file, or remove that line.* It is left out"):
+        assert [record.probe for record in load_records(tmp_path)] == ["b"]
 
 
 def test_missing_or_damaged_arrays_are_named(tmp_path):
@@ -187,7 +189,7 @@ def test_missing_or_damaged_arrays_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("line", "match"),
     [
-        ('{"schema": 2, "probe": "a"}', "schema 2, .*reads schema 1. A newer version wrote it: pip install --upgrade orograph"),
+        ('{"schema": 3, "probe": "a"}', "schema 3, .*reads schema 1 and 2. A newer version wrote it: pip install --upgrade orograph"),
         ('{"probe": "a"}', "schema None, .*It is no record: remove that line"),
         ("[1]", "schema None, .*It is no record: remove that line"),
         ('{"schema": 1, "probe": "a"}', "line 1 is damaged: .*results"),
@@ -298,3 +300,77 @@ def test_stored_example_of_schema_1_loads():
     assert spectrum["spectrum"].condition == {"absolute": 9.0, "plain": math.inf} and spectrum.missing == {"accuracy": "the task is a regression"}
     assert list(everything.results) == list(ALL_KINDS)
     assert all(same(everything[name], ALL_KINDS[name]) for name in ALL_KINDS if name not in ("eigenpairs", "no_pairs", "spectrum"))
+
+
+# -- one damaged record costs the others nothing -----------------------------------------------------------------------------------
+
+
+def three_records(folder):
+    save_records([Record(probe=name, results={"curve": ALL_KINDS["curve"]}) for name in "abc"], folder)
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+
+
+def rewritten(folder, lines):
+    """Lines with checksums of their own: what a program that knows the format would write."""
+    (folder / "records.jsonl").write_bytes(b"".join(sealed_line({key: value for key, value in line.items() if key != "sha256"}) + b"\n" for line in lines))
+
+
+def test_missing_arrays_spoil_one_record(tmp_path):
+    lines = three_records(tmp_path)
+    (tmp_path / "arrays" / f"{lines[1]['arrays']}.safetensors").unlink()
+    with pytest.warns(OrographWarning, match=r"line 2 needs .*which cannot be read.*It is left out"):
+        assert [record.probe for record in load_records(tmp_path)] == ["a", "c"]
+
+
+def test_swapped_arrays_are_noticed(tmp_path):
+    first, second, _ = (tmp_path / "arrays" / f"{line['arrays']}.safetensors" for line in three_records(tmp_path))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    with pytest.warns(OrographWarning, match="needs .*it belongs to") as found:
+        assert [record.probe for record in load_records(tmp_path)] == ["c"]
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("name", ["../x", "../../etc/passwd", "/etc/passwd", "A" * 32, "0" * 31, "0" * 33, "g" * 32, "", 7, ["0" * 32], True])
+def test_array_ids_are_32_hexadecimal_digits(tmp_path, name):
+    lines = three_records(tmp_path)
+    lines[1]["arrays"] = name
+    rewritten(tmp_path, lines)
+    with pytest.warns(OrographWarning, match="line 2 is damaged: arrays is .*not 32 hexadecimal digits"):
+        assert [record.probe for record in load_records(tmp_path)] == ["a", "c"]
+
+
+FIELDS = {  # field -> (values of a wrong type)
+    "probe": [1, None, ["a"]], "results": [[], "x", {"curve": 1.5}, {"curve": {"$kind": "Estimate", "value": "1.5"}}], "says": [None, 3], "missing": [["a"], {"a": 1}],
+    "settings": [None, [1]], "tags": [{"a": [1]}, "x"], "provenance": [3], "products": ["3", 1.5, True, None], "reused": ["0"], "seconds": ["1", None, True],
+    "status": ["good", 1, None], "label": [5], "created": [0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in FIELDS.items() for value in values], ids=repr)
+def test_a_field_of_another_type_is_named_with_file_and_line(tmp_path, field, value):
+    lines = three_records(tmp_path)
+    lines[1][field] = value
+    rewritten(tmp_path, lines)
+    with pytest.warns(OrographWarning, match=rf"records\.jsonl, line 2 is damaged: {field}.* is .*It is left out"):
+        assert [record.probe for record in load_records(tmp_path)] == ["a", "c"]
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_a_field_of_a_result_of_another_type_is_named(tmp_path, kind):
+    save_records([Record(probe="a", results={}), Record(probe="b", results={"r": ALL_KINDS[kind]})], tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    for field in fields(ALL_KINDS[kind]):
+        wrong = json.loads(json.dumps(lines))
+        wrong[1]["results"]["r"][field.name] = {"$map": [[1, 2]]}
+        rewritten(tmp_path, wrong)
+        with pytest.warns(OrographWarning, match=rf"line 2 is damaged: results\.r\.{field.name}"):
+            assert [record.probe for record in load_records(tmp_path)] == ["a"]
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    for wrong, words in ((Record(probe="a", results={"x": 1.5}), r"results\.x is 1\.5, a float"), (Record(probe="a", results={}, says=3), "says is 3, a int, where str belongs")):
+        with pytest.raises(TypeError, match=words):
+            save_records(wrong, tmp_path)
+    assert not (tmp_path / "records.jsonl").exists()

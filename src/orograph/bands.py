@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .arguments import AtLeastOne, File, NotNegative, Positive, Seed, ShareOrZero
 from .checks import checked
-from .curves import micro_batches
+from .curves import curve_job, micro_batches
 from .linalg.checkpoints import checkpointing
 from .objective import Objective
 from .paths import Line, PolyChain, between, theta_of
@@ -39,10 +39,7 @@ def elastic_band(
     """
     first, last = objective.network(a), objective.network(b)
     parts = micro_batches(objective, batch_size, seed)
-    job = {
-        "what": "band", "cycles": str([list(cycle) for cycle in cycles]), "batch_size": batch_size, "momentum": momentum, "weight_decay": weight_decay, "seed": seed,
-        "data": objective.fingerprints()["data"], "ends": " ".join(objective.at(point).fingerprints()["weights"] for point in (first, last)),
-    }  # fmt: skip
+    job = curve_job(objective, first, last, checkpoint, what="band", cycles=[list(cycle) for cycle in cycles], batch_size=batch_size, momentum=momentum, weight_decay=weight_decay, seed=seed)
     plan = [(cycle, epoch, rate) for cycle, (epochs, rate) in enumerate(cycles) for epoch in range(epochs)]
     with progress_bar(progress, "elastic band", unit="epoch") as report, checkpointing(checkpoint, job) as (found, keep):
         line = Line(first.theta, last.theta)

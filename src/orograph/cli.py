@@ -6,6 +6,7 @@ import inspect
 import re
 import sysconfig
 import traceback
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import TracebackType
@@ -16,11 +17,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from safetensors.torch import save_file
 
 from .demo import run_demo
-from .errors import OrographError
-from .records import LINES, load_records, save_records
+from .errors import OrographError, OrographWarning
+from .objective import Objective
+from .records import LINES, Record, RecordKeeper, Records, load_records
 from .registry import find_probe, list_probes
 from .report import write_report
 from .results import Point, Surface
@@ -36,6 +37,7 @@ from .tasks import (
     read_settings,
     run_job,
     save_pictures,
+    save_weights,
 )
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Maps the loss landscape of real neural networks.")
@@ -77,46 +79,67 @@ def measure(
     device: str | None = typer.Option(None, help="Handed to objective(device=...)."),
     threads: int = typer.Option(0, min=0, help="Threads that torch may use; 0: all."),
     seed: int | None = typer.Option(None, help="Seed of every probe that has one."),
+    again: bool = typer.Option(False, "--again", help="Measure what the folder holds already, too."),
 ) -> None:
     """Measure a network, or several checkpoints side by side, and write a report."""
     try:
-        _measure(task, tuple(dict.fromkeys(probes)), weights, settings, out, device, threads, seed)
+        _measure(task, tuple(dict.fromkeys(probes)), weights, settings, out, device, threads, seed, again)
     except Exception as error:
         raise _failed(error) from error
 
 
 def _measure(
-    task: Path, probes: tuple[str, ...], weights: list[Path], settings: list[str], out: Path, device: str | None, threads: int, seed: int | None
+    task: Path, probes: tuple[str, ...], weights: list[Path], settings: list[str], out: Path, device: str | None, threads: int, seed: int | None, again: bool
 ) -> None:
     if threads:
         torch.set_num_threads(threads)
     if device is not None:
         check_device(device)
     check_files(weights)
-    folder = out / "records"
-    earlier = len(load_records(folder)) if (folder / LINES).exists() else 0  # an unreadable folder shows before the work, not after it
+    keeper = RecordKeeper(out / "records")
+    earlier = load_records(keeper.folder) if (keeper.folder / LINES).exists() else Records()  # an unreadable folder shows before the work, not after it
+    saved = {} if again else {record.provenance["job"]: record for record in earlier if "job" in record.provenance}
     module = import_task(task)
     check_probes(probes, len(weights))
     chosen = read_settings(settings, probes, seed)
     objective = make_objective(module, "objective", device)
     held_out = make_objective(module, "held_out", device) if "held_out" in vars(module) else None
     drawn: Counter[str] = Counter()
-    for records in run_job(Job(objective, held_out, probes, chosen, tuple(weights))):
-        save_records(records, folder)
-        for record in records:
-            if isinstance(record.results.get("surface"), Surface):
-                stem = picture_stem(record)
-                drawn[stem] += 1
-                files = save_pictures(record, out, stem if drawn[stem] == 1 else f"{stem}-{drawn[stem]}")
-                console.print(f"Surface: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
-            if isinstance(merged := record.results.get("merged"), Point):
-                save_file({name: tensor.contiguous() for name, tensor in objective.state_dict(merged).items()}, out / "merged.safetensors")
-                console.print(f"Merged network: [bold]{out / 'merged.safetensors'}[/]", highlight=False, soft_wrap=True)
-        for record in records:
+    fresh: list[Record] = []
+    for record, new in run_job(Job(objective, held_out, probes, chosen, tuple(weights)), saved):
+        if new:
+            fresh.append(record)
+            keeper.save([record])
+        _save_beside(objective, record, out, drawn)
+        if new:
             console.print(str(record), markup=False, highlight=False, soft_wrap=True, end="\n\n")
-    page = write_report(folder, out / "report.html")
-    also = f", with {earlier} of earlier runs" if earlier else ""
-    console.print(f"Report: [bold]{page}[/]  (records in {folder}{also})", highlight=False, soft_wrap=True)
+        else:
+            console.print(f"Saved already, not measured again: {record.probe} of {record.label} (--again measures it).", markup=False, highlight=False, soft_wrap=True)
+    keeper.save()
+    lost = keeper.lost
+    try:
+        page = write_report(Records([*earlier, *fresh]), out / "report.html")
+        also = f", with {len(earlier)} of earlier runs" if earlier else ""
+        console.print(f"Report: [bold]{page}[/]  (records in {keeper.folder}{also})", highlight=False, soft_wrap=True)
+    except OSError as error:
+        lost += f"{' ' if lost else ''}The report cannot be written to {out / 'report.html'} ({error.strerror or error})."
+    if lost:
+        raise OSError(lost)
+
+
+def _save_beside(objective: Objective, record: Record, out: Path, drawn: Counter[str]) -> None:
+    """The pictures of a surface and the merged network, in files of their own. A full disk costs these files, not the measurement."""
+    try:
+        if isinstance(record.results.get("surface"), Surface):
+            stem = picture_stem(record)
+            drawn[stem] += 1
+            files = save_pictures(record, out, stem if drawn[stem] == 1 else f"{stem}-{drawn[stem]}")
+            console.print(f"Surface: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
+        if isinstance(merged := record.results.get("merged"), Point):
+            save_weights(objective.state_dict(merged), out / "merged.safetensors")
+            console.print(f"Merged network: [bold]{out / 'merged.safetensors'}[/]", highlight=False, soft_wrap=True)
+    except OSError as error:
+        warnings.warn(f"files of {record.probe} of {record.label} cannot be written in {out} ({error.strerror or error}). Run the same again where there is room.", OrographWarning, stacklevel=2)
 
 
 @app.command()
@@ -129,10 +152,11 @@ def connect(
     device: str | None = typer.Option(None, help="Handed to objective(device=...)."),
     threads: int = typer.Option(0, min=0, help="Threads that torch may use; 0: all."),
     seed: int | None = typer.Option(None, help="Seed of every draw."),
+    again: bool = typer.Option(False, "--again", help="Measure what the folder holds already, too."),
 ) -> None:
     """Say whether two checkpoints are connected, and along which path; write their merged network and a report."""
     try:
-        _measure(task, ("connectivity",), [a, b], settings, out, device, threads, seed)
+        _measure(task, ("connectivity",), [a, b], settings, out, device, threads, seed, again)
     except Exception as error:
         raise _failed(error) from error
 
@@ -146,6 +170,7 @@ def surface(
     device: str | None = typer.Option(None, help="Handed to objective(device=...)."),
     threads: int = typer.Option(0, min=0, help="Threads that torch may use; 0: all."),
     seed: int | None = typer.Option(None, help="Seed of the directions."),
+    again: bool = typer.Option(False, "--again", help="Measure what the folder holds already, too."),
 ) -> None:
     """Draw the loss over a plane; run again, a killed job goes on from its samples."""
     try:
@@ -154,7 +179,7 @@ def surface(
         store = next(text for text in settings if text.startswith("surface.store=")).partition("=")[2]
         if (kept := count_lines(Path(store))) > 0:
             console.print(f"Going on from {store}, which holds {kept} samples (of this surface, or of others).", highlight=False, soft_wrap=True)
-        _measure(task, ("surface",), weights, settings, out, device, threads, seed)
+        _measure(task, ("surface",), weights, settings, out, device, threads, seed, again)
     except KeyboardInterrupt:
         console.print(f"\nInterrupted. {count_lines(Path(store))} samples are kept in {store}: the same command goes on from there.", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from .arguments import Seed
 from .checks import checked, refusal
+from .durable import fingerprint
 from .errors import OrographWarning
+from .identity import identity_of
 from .layout import select_names
 from .linalg.operator import NOISE, LinearOperator, Space
 from .memory import memory_budget
@@ -90,7 +92,7 @@ def fisher(
     if kind == "mc" and not objective.terms().batches.ordered:
         raise ValueError('fisher(kind="mc") keys labels by the index of the example, and this data comes in another order in each pass. Use shuffle=False.')
     curvature = sampled_fisher(seed) if kind == "mc" else empirical_fisher
-    return _operator(objective, _sandwich(curvature), curvature, engine, check, memory, {"curvature": f"fisher-{kind}", "seed": seed})
+    return _operator(objective, _sandwich(curvature), curvature, engine, check, memory, {"curvature": f"fisher-{kind}", **({"seed": seed} if kind == "mc" else {})})
 
 
 @checked
@@ -101,7 +103,7 @@ def preconditioned(op: LinearOperator, scale: Tensor) -> LinearOperator:
     if not bool((scale > 0).all()) or not bool(torch.isfinite(scale).all()):
         raise ValueError("preconditioned(op, scale) needs every entry of scale positive and finite: it is the diagonal of P.")
     root = scale.to(device=op.device, dtype=op.dtype).rsqrt()[:, None]
-    return _derived(op, lambda V: root * (op @ (root * V)), op.space, "preconditioned")
+    return _derived(op, lambda V: root * (op @ (root * V)), op.space, "preconditioned", {"scale": fingerprint([scale])})
 
 
 @checked
@@ -118,11 +120,11 @@ def block(op: LinearOperator, objective: Objective, names: str | Sequence[str]) 
         whole[index] = V
         return (op @ whole)[index]
 
-    return _derived(op, matmat, space, f"block {', '.join(chosen)}")
+    return _derived(op, matmat, space, f"block {', '.join(chosen)}", {})
 
 
-def _derived(op: LinearOperator, matmat: Callable[[Tensor], Tensor], space: Space, what: str) -> LinearOperator:
-    about = op.about | {"curvature": f"{what} of {op.about.get('curvature', 'operator')}"}
+def _derived(op: LinearOperator, matmat: Callable[[Tensor], Tensor], space: Space, what: str, fingerprints: dict[str, str]) -> LinearOperator:
+    about = op.about | {"curvature": f"{what} of {op.about.get('curvature', 'operator')}", "fingerprints": op.about.get("fingerprints", {}) | fingerprints}
     return LinearOperator(matmat, space.size, op.dtype, op.device, space, memory=op.memory, noise=op.noise, about=about, check=not op.is_proven)
 
 
@@ -145,7 +147,7 @@ def _operator(objective: Objective, kind: Kind, curvature: OutputCurvature | Non
         warnings.warn(f"products are computed {plan.note}", OrographWarning, stacklevel=4)
     measured = max(verdict.noise, matmat.noise if isinstance(matmat, Difference) else 0.0)
     about = about | plan.about | {
-        "mode": objective.mode, "fingerprints": objective.fingerprints(), "preflight": verdict.words, "noise": measured, "memory": budget,
+        "mode": objective.mode, "fingerprints": identity_of(objective, ordered="seed" in about), "preflight": verdict.words, "noise": measured, "memory": budget,
     }  # fmt: skip
     noise = 10 * measured if measured > NOISE.get(space.dtype, 0.0) else 0.0  # one direction's gap; others may be worse
     apart = apart_of(plan, matmat, objective)

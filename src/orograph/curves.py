@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .arguments import AtLeastOne, File, NotNegative, Positive, Seed, ShareOrZero
 from .checks import checked
+from .identity import identity_of, measured_losses, point_identity
 from .linalg.checkpoints import checkpointing
 from .objective import Objective
 from .paths import Bezier, Line, PathKind, PolyChain, between, theta_of
@@ -18,6 +19,7 @@ from .renormalise import running_norms
 from .results import Point
 from .variants import pieces, with_batch_statistics
 
+PLACES = (0.0, 0.25, 0.5, 0.75, 1.0)  # where the loss tells a user's own functions apart
 CURVES: dict[PathKind, type[Bezier] | type[PolyChain]] = {"bezier": Bezier, "polychain": PolyChain}
 
 
@@ -50,10 +52,8 @@ def fit_path(
     first, last = objective.network(a), objective.network(b)
     line = Line(first, last)
     start = torch.stack([theta_of(line(j / (bends + 1))) for j in range(1, bends + 1)])
-    job = {
-        "what": "curve", "kind": kind, "bends": bends, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "momentum": momentum, "weight_decay": weight_decay,
-        "seed": seed, "data": objective.fingerprints()["data"], "ends": " ".join(objective.at(point).fingerprints()["weights"] for point in (first, last)),
-    }  # fmt: skip
+    settings = {"kind": kind, "bends": bends, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "momentum": momentum, "weight_decay": weight_decay, "seed": seed}
+    job = curve_job(objective, first, last, checkpoint, what="curve", **settings)
     parts = micro_batches(objective, batch_size, seed)
     with progress_bar(progress, f"curve with {bends} bend{'s' if bends > 1 else ''}", unit="epoch") as report, checkpointing(checkpoint, job) as (found, keep):
         state = {"inner": start, "velocity": torch.zeros_like(start), "epoch": torch.tensor(0)} if found is None else {k: v.to(start.device) if v.ndim else v for k, v in found.items()}
@@ -74,6 +74,16 @@ def fit_path(
             keep(state)
             report(epoch + 1, epochs, f"loss {mean:.4g}")
     return _curve(kind, first, state["inner"], last)
+
+
+def curve_job(objective: Objective, first: Point, last: Point, path: File | None, **settings: Any) -> dict[str, Any]:
+    """What must agree for a training between two networks to be continued: objective, ends, settings, and the loss at a few places between the ends. Without a path there is no job."""
+    if path is None:
+        return {}
+    line = Line(first, last)
+    losses = measured_losses(objective, [objective.at(line(t)).value() for t in PLACES])
+    own = {name: value for name, value in identity_of(objective, ordered=True).items() if name != "weights"}  # those of the ends count
+    return {**settings, **own, "ends": [point_identity(point) for point in (first, last)], "loss on the line": losses}
 
 
 def _curve(kind: PathKind, first: Point, inner: Tensor, last: Point) -> Bezier | PolyChain:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .objective import Objective
 from .progress import Progress
-from .records import Record, Records, save_records
+from .records import Record, RecordKeeper, Records
 from .registry import measure, measure_all
 from .report import write_report
 from .results import Spectrum
@@ -58,15 +58,19 @@ def run_demo(folder: Path, *, seed: int = 0, progress: Progress = None) -> Demo:
     objective = Objective(networks["small batch"], nn.CrossEntropyLoss(), problem.train)
     held_out = objective.on(problem.held_out)
     records: list[Record] = []
+    keeper = RecordKeeper(folder / "records")
     for name, network in networks.items():
         here = objective.at(objective.point(network, label=name))
         records += measure_all(here, PROBES, tags={"batch size": RUNS[name]}, held_out=held_out.at(network), progress=progress, settings=SETTINGS)
+        keeper.save(records[-len(PROBES) :])
     ends = [objective.point(network, label=name) for name, network in networks.items()]
     records.append(measure(objective, "barrier", *ends, held_out=held_out, progress=progress))
     accuracies = {name: held_out.at(network).metrics()["accuracy"] for name, network in networks.items()}
+    keeper.save(records[-1:])
     kept = Records(records)
-    save_records(kept, folder / "records")
     page = write_report(kept, folder / "report.html")
+    if keeper.lost:
+        raise OSError(keeper.lost)
     return Demo(kept, _table(kept, accuracies), page, time.perf_counter() - began)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .errors import OrographWarning
 from .layout import Layout
 from .restoring import restoring, under
 from .results import Point
@@ -42,7 +44,11 @@ def snapshot_point(slots: Slots, layout: Layout, *, device: torch.device | None,
 
 
 def read_point(source: Any, own: Point, slots: Slots, layout: Layout, label: str | None) -> Point:
-    """The setting of `source` for the network whose present setting is `own`; tensors are copied to own's device and dtype."""
+    """The setting of `source` for the network whose present setting is `own`; tensors are copied to own's device and dtype.
+
+    Narrower floating-point types are widened without loss; where a wider one is rounded a warning says so; whole numbers, quantised, boolean and complex ones
+    are refused where the network computes with floating-point weights.
+    """
     if isinstance(source, Point):
         _checked(source, own, layout)
         return replace(copied(source, own), label=label or source.label)
@@ -54,6 +60,8 @@ def read_point(source: Any, own: Point, slots: Slots, layout: Layout, label: str
     if isinstance(source, Tensor):
         if source.shape != own.theta.shape:
             raise ValueError(f"a flat tensor for this objective has shape ({layout.size},), got {tuple(source.shape)}.")
+        if not source.is_floating_point():
+            raise ValueError(f"a flat tensor for this objective needs floating-point entries, got {_short(source.dtype)}. Use tensor.to({own.theta.dtype}).")
         return _checked(replace(own, theta=source.detach().to(own.theta, copy=True), label=label or own.label), own, layout)
     if isinstance(source, (str, Path)):
         return _from_state(load_weights(source), own, slots, layout, label or Path(source).stem)
@@ -129,6 +137,7 @@ def _from_state(state: Mapping[str, Any], own: Point, slots: Slots, layout: Layo
     if unknown:
         raise ValueError(f"the given weights hold {', '.join(unknown[:5])}, which this network does not have.")
     own_parameters = dict(zip(layout.names, layout.split(own.theta), strict=True)) | dict(own.frozen)
+    _check_types({**{name: state[name] for name in own.buffers if name in state}, **found}, {**own.buffers, **own_parameters})
     for name, tensor in found.items():
         if tensor.shape != own_parameters[name].shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)} in the given weights, and {tuple(own_parameters[name].shape)} in this network.")
@@ -139,6 +148,34 @@ def _from_state(state: Mapping[str, Any], own: Point, slots: Slots, layout: Layo
     buffers = {name: _like(state.get(name, tensor), tensor, name) for name, tensor in own.buffers.items()}
     frozen = {name: _like(found[name], tensor, name) for name, tensor in own.frozen.items()}
     return _checked(Point(theta=theta, buffers=buffers, frozen=frozen, label=label), own, layout)
+
+
+def _check_types(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse what holds other numbers than the network computes with, and say where weights are rounded."""
+    rounded = []
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is a {type(tensor).__name__} in the given weights, not a tensor. Pass model.state_dict().")
+        here = own[name]
+        if not (here.is_floating_point() or here.is_complex()) or (here.is_complex() and tensor.is_complex()):
+            continue
+        if tensor.is_quantized or not tensor.is_floating_point():
+            cure = "Save real weights" if tensor.is_complex() else "Turn quantised weights back into floating-point ones (dequantise the model, then save it)"
+            raise ValueError(f"{name} is {_short(tensor.dtype)} in the given weights, and {_short(here.dtype)} in this network. {cure}.")
+        theirs, ours = torch.finfo(tensor.dtype), torch.finfo(here.dtype)
+        if (theirs.eps < ours.eps or theirs.max > ours.max) and not torch.equal(tensor.to(here.dtype).to(tensor.dtype), tensor):
+            rounded.append(name)
+    if rounded:
+        first = rounded[0]
+        more = f" and {len(rounded) - 1} more" if len(rounded) > 1 else ""
+        warnings.warn(
+            f"{first}{more} is {_short(given[first].dtype)} in the given weights, and rounded to the {_short(own[first].dtype)} of this network. Objective(..., dtype={given[first].dtype}) keeps it.",
+            OrographWarning, stacklevel=4,
+        )  # fmt: skip
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _persistent(name: str, slots: Slots) -> bool:

@@ -1,39 +1,39 @@
 """Records: what a probe found, with everything needed to trust and repeat it, kept in an append-only folder.
 
-A folder holds `records.jsonl`, one JSON object per line, and `arrays/<id>.safetensors` with the tensors of one record. The
-tensors are complete on disk before their line is written, and a line is one write to a file opened for appending, so several
-processes may share a folder and a killed one leaves at most one unfinished line.
+A folder holds `records.jsonl`, one JSON object per line, and `arrays/<id>.safetensors` with the tensors of one record; lines and files hold
+their own SHA-256. The tensors are complete on disk before their line is written, and a line is one write to a file opened for appending, so several
+processes may share a folder and a killed one leaves at most one unfinished line. A record that cannot be read costs the others nothing.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from safetensors import SafetensorError
-from safetensors import torch as safetensors
 from torch import Tensor
 
 from .checks import checked
-from .encoding import Json, decode, encode
+from .durable import append_line, read_lines, read_tensors, remove_leftovers, sealed_line, write_tensors
+from .encoding import Json, decode, encode, mismatch
 from .errors import OrographWarning, RecordError
-from .results import Curve, Result, Status, Table
-from .scalars import cell_text, format_number, scalars
+from .record_text import record_text
+from .results import Result, Status
+from .scalars import scalars
 
 if TYPE_CHECKING:
     import pandas
 
-SCHEMA = 1
+SCHEMA = 2  # of what is written; 1 had no checksums
+READABLE = (1, 2)
+ARRAY_ID = re.compile(r"[0-9a-f]{32}")
 LINES, ARRAYS = "records.jsonl", "arrays"
-MOST_LINES = 20  # of one result when printed
-UNFINISHED = b"#unfinished"  # closes a line that a killed process left open, so that the next line starts on its own
 
 
 def _now() -> str:
@@ -72,64 +72,10 @@ class Record:
         raise KeyError(f"the {self.probe} record has no result {name!r}. {why}It has: {', '.join(self.results) or 'none'}.")
 
     def __str__(self) -> str:
-        return _record_text(self)
+        return record_text(self)
 
     def __repr__(self) -> str:
         return f"<Record {self.probe} of {self.label or 'a network'!r}: {', '.join(self.results)}; {self.status}, {self.products} products>"
-
-
-def _record_text(record: Record) -> str:
-    """The text that `print(record)` shows."""
-    title = f"{record.probe} of {record.label}" if record.label else record.probe
-    lines = [f"{title}  ({record.status})"]
-    lines += [f"  {record.says}"] if record.says else []
-    for name, result in record.results.items():
-        lines += ["", *_result_lines(name, result)]
-    lines += [f"  {name} is missing: {why}" for name, why in record.missing.items()]
-    reused = f" and {record.reused:,} reused" if record.reused else ""
-    lines += ["", f"  {record.products:,} products{reused}, {record.seconds:.3g} s"]
-    return "\n".join(lines)
-
-
-def _result_lines(name: str, result: Result) -> list[str]:
-    unit = f" ({result.unit})" if result.unit else ""
-    if isinstance(result, Curve) and len(result.x):
-        return [f"  {name}{unit}: {_curve_text(result)}"]
-    if isinstance(result, Table):
-        columns = [c for c in result.columns if not _in_a_bracket(c, result.columns)]
-        header, body = columns, [[cell_text(row, column) for column in columns] for row in result.rows]
-    else:
-        numbers = scalars(result)
-        header = []
-        body = [[number.quantity, format_number(number.value, number.lower, number.upper), _unlike(number.status)] for number in numbers]
-    if len(body) == 1 and not header:
-        return ["  " + "  ".join([name, *body[0][1:]]).rstrip() + unit]
-    hidden = [f"    ... {len(body) - MOST_LINES} more"] if len(body) > MOST_LINES else []
-    shown = ([header] if header else []) + body[:MOST_LINES]
-    return [f"  {name}{unit}", *(f"    {line}" for line in _aligned(shown)), *hidden]
-
-
-def _curve_text(curve: Curve) -> str:
-    """A curve in one line: its ends, its extremes, and over how many points."""
-    x, y = curve.x.tolist(), curve.y.tolist()
-    low, high = min(range(len(y)), key=y.__getitem__), max(range(len(y)), key=y.__getitem__)
-    axis = (curve.xlabel or "x").split(":")[0].split(",")[0]
-    return f"{y[0]:.4g} at {axis} = {x[0]:.3g}, {y[-1]:.4g} at {x[-1]:.3g}; least {y[low]:.4g} at {x[low]:.3g}, most {y[high]:.4g} at {x[high]:.3g} ({len(y)} points)"
-
-
-def _in_a_bracket(column: str, columns: Sequence[str]) -> bool:
-    """Whether a column is an error that the bracket behind a value shows already."""
-    return (column in ("error", "lower", "upper") and "value" in columns) or (column.endswith("_sem") and column.removesuffix("_sem") in columns)
-
-
-def _unlike(status: str | None) -> str:
-    return "" if status in (None, "converged") else f"({status})"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with every column as wide as its widest cell."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 @checked
@@ -179,82 +125,116 @@ class Records:
 
 @checked
 def save_records(records: Record | Iterable[Record], folder: str | os.PathLike[str], *, vectors: bool = False) -> None:
-    """Append `records` to `folder`, which is made if need be. `vectors`: eigenvectors too (n numbers for each pair)."""
+    """Append `records` to `folder`, which is made if need be. `vectors`: eigenvectors too (n numbers for each pair).
+
+    TypeError, before anything is written, where a field holds what its type does not allow. OSError where there is no room or no permission: the records before are saved.
+    """
     folder = Path(folder)
     (folder / ARRAYS).mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder / ARRAYS)
     for record in [records] if isinstance(records, Record) else records:
+        if problem := mismatch(record, Record, ""):
+            raise TypeError(f"save_records: {problem}.")
         name, tensors = uuid.uuid4().hex, dict[str, Tensor]()
         line: dict[str, Json] = {f.name: encode(getattr(record, f.name), tensors, vectors=vectors, where=f.name) for f in fields(Record)}
-        line["arrays"] = name if tensors else None
-        text = json.dumps(line, allow_nan=False, ensure_ascii=False)
+        line |= {"schema": SCHEMA, "arrays": name if tensors else None}
+        arrays = folder / ARRAYS / f"{name}.safetensors"
         if tensors:
-            _write_atomically(folder / ARRAYS / f"{name}.safetensors", safetensors.save(tensors))
-        _append_line(folder / LINES, text.encode())
+            write_tensors(arrays, tensors, {"record": name})
+        try:
+            append_line(folder / LINES, sealed_line(line))
+        except OSError:
+            arrays.unlink(missing_ok=True)
+            raise
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+@dataclass
+class RecordKeeper:
+    """Saves records in `folder` as they come. Where that fails, a warning says so once, and what is `unsaved` is tried again with the next one."""
 
+    folder: Path
+    unsaved: list[Record] = field(default_factory=list)
+    problem: str = ""  # of the first failure
 
-def _append_line(path: Path, line: bytes) -> None:
-    """One write, so that lines of several processes never mix; closes a line that a killed process left open."""
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-    try:
-        size = os.fstat(descriptor).st_size
-        os.lseek(descriptor, max(size - 1, 0), os.SEEK_SET)
-        opening = UNFINISHED + b"\n" if size and os.read(descriptor, 1) != b"\n" else b""
-        content = opening + line + b"\n"
-        written = os.write(descriptor, content)
-        if written != len(content):
-            raise OSError(f"only {written} of {len(content)} bytes could be appended to {path}: is the disk full?")
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def save(self, records: Iterable[Record] = ()) -> None:
+        """Save these, and what could not be saved before."""
+        self.unsaved += records
+        try:
+            while self.unsaved:
+                save_records(self.unsaved[0], self.folder)
+                del self.unsaved[0]
+        except OSError as error:
+            if not self.problem:
+                warnings.warn(f"records cannot be saved in {self.folder} ({error.strerror or error}). Measuring goes on, and saving is tried again.", OrographWarning, stacklevel=2)
+            self.problem = self.problem or error.strerror or str(error)
+
+    @property
+    def lost(self) -> str:
+        """What is not on disk, in words; nothing where all is."""
+        names = ", ".join(f"{record.probe} of {record.label}" for record in self.unsaved)
+        return f"Not saved in {self.folder} ({self.problem}): {names}. Make room there, or give another folder, and run the same again." if names else ""
 
 
 @checked
 def load_records(folder: str | os.PathLike[str]) -> Records:
-    """All records of `folder`, in the order in which they were saved. An unfinished line is skipped with a warning."""
+    """All records of `folder`, in the order in which they were saved.
+
+    A record that cannot be read (an unfinished line, damage, a field of another type, arrays that are missing, a newer schema) is left out with a warning that
+    names file, line and field. RecordError where not one can be read.
+    """
     folder = Path(folder)
     path = folder / LINES
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}. Give the folder that save_records was given.")
     if not path.is_file():
         raise RecordError(f"{folder} holds no {LINES}, so nothing was saved there. Give the folder that save_records was given.")
-    records = []
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        text, torn = line.removesuffix(UNFINISHED), line.endswith(UNFINISHED) or number == len(lines)
-        if not text.strip():
-            continue
+    records, problems = [], []
+    try:
+        lines = list(read_lines(path))
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror or error}. Make it readable, or give another folder.") from error
+    for line in lines:
+        where = f"{path}, line {line.number}"
         try:
-            content = json.loads(text)
-        except ValueError as error:
-            if not torn:
-                raise RecordError(f"{path}, line {number} is damaged ({error}). Restore the file, or remove that line.") from error
-            warnings.warn(f"{path}, line {number} is unfinished (its writer was stopped); skipped.", OrographWarning, stacklevel=2)
-            continue
-        records.append(_decode_record(content, folder, f"{path}, line {number}"))
+            if line.content is None:
+                stopped = "unfinished (its writer was stopped)" if line.unfinished else f"damaged ({line.problem}). Restore the file, or remove that line"
+                raise RecordError(f"{where} is {stopped}")
+            records.append(_decode_record(line.content, folder, where, sealed=line.sealed))
+        except RecordError as error:
+            if line.content is None and line.unfinished:
+                warnings.warn(f"{error}; skipped.", OrographWarning, stacklevel=2)
+            else:
+                problems.append(str(error))
+    if problems and not records:
+        raise RecordError(problems[0] + (f" (and {len(problems) - 1} more lines that cannot be read)" if len(problems) > 1 else ""))
+    for problem in problems:
+        warnings.warn(f"{problem} It is left out.", OrographWarning, stacklevel=2)
+    if not path.stat().st_size:
+        warnings.warn(f"{path} is empty: nothing was saved there, or it is damaged.", OrographWarning, stacklevel=2)
     return Records(records)
 
 
-def _decode_record(content: Json, folder: Path, where: str) -> Record:
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if schema != SCHEMA:
+def _decode_record(content: dict[str, Json], folder: Path, where: str, *, sealed: bool) -> Record:
+    schema, name = content.get("schema"), content.pop("arrays", None)
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema not in READABLE:
         newer = isinstance(schema, int) and schema > SCHEMA
         cure = "A newer version wrote it: pip install --upgrade orograph." if newer else "It is no record: remove that line."
-        raise RecordError(f"{where} has schema {schema!r}, and this version of Orograph reads schema {SCHEMA}. {cure}")
-    name = content.pop("arrays", None)
+        raise RecordError(f"{where} has schema {schema!r}, and this version of Orograph reads schema {' and '.join(map(str, READABLE))}. {cure}")
+    if name is not None and not (isinstance(name, str) and ARRAY_ID.fullmatch(name)):
+        raise RecordError(f"{where} is damaged: arrays is {name!r}, not 32 hexadecimal digits. Restore the file, or remove that line.")
+    if schema > 1 and not sealed:
+        raise RecordError(f"{where} is damaged: it holds no checksum. Restore the file, or remove that line.")
     arrays = folder / ARRAYS / f"{name}.safetensors"
     try:
-        tensors = safetensors.load(arrays.read_bytes()) if name else {}
-        return Record(**{name: decode(value, tensors) for name, value in content.items()})
-    except (OSError, SafetensorError) as error:
+        tensors, metadata = read_tensors(arrays, sealed=schema > 1) if name else ({}, {})
+        if name and schema > 1 and metadata.get("record") != name:
+            raise ValueError(f"it belongs to {metadata.get('record')}")
+    except (OSError, ValueError) as error:
         raise RecordError(f"{where} needs {arrays}, which cannot be read ({error}). Restore that file, or remove the line.") from error
-    except (RecordError, TypeError, ValueError, KeyError) as error:
+    try:
+        record = Record(**{name: decode(value, tensors) for name, value in content.items()})
+    except (RecordError, TypeError, ValueError, KeyError, RecursionError) as error:
         raise RecordError(f"{where} is damaged: {error}. Restore the file, or remove that line.") from error
+    if problem := mismatch(record, Record, ""):
+        raise RecordError(f"{where} is damaged: {problem}. Restore the file, or remove that line.")
+    return record

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_settings, checked, refusal
+from .durable import fingerprint
+from .identity import function_identity, identity_of, metrics_identity, point_identity, short_hash
 from .objective import Objective
 from .progress import Progress
 from .records import Record, Records
 from .results import Density, Eigenpairs, Estimate, Point, Result, Spectrum, Surface, worst_status
-from .snapshots import fingerprint
 from .subject import Shared, Subject
 
 Results = Mapping[str, Result]
@@ -116,7 +117,7 @@ def measure(
     `objective.point` takes. `held_out`: the same loss on other data · `tags`: what tells this record from its siblings ·
     `settings`: the probe's own. Raises TypeError for missing or surplus networks and unknown settings.
     """
-    return _measure(Subject(objective, held_out, progress), find_probe(name), points, dict(tags or {}), settings)
+    return _measure(Subject(objective, held_out, progress), find_probe(name), points, dict(tags or {}), settings, {})[0]
 
 
 @checked
@@ -133,17 +134,33 @@ def measure_all(
 
     Points go to the probes that take some. Each record says the products that it spent and those of others that it could use.
     """
+    return Records(record for record, _ in measure_each(objective, names, *points, held_out=held_out, tags=tags, progress=progress, settings=settings))
+
+
+def measure_each(
+    objective: Objective,
+    names: Iterable[str],
+    *points: Any,
+    held_out: Objective | None = None,
+    tags: Mapping[str, str | int | float] | None = None,
+    progress: Progress = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    saved: Mapping[str, Record] | None = None,
+) -> Iterator[tuple[Record, bool]]:
+    """`measure_all`, record by record, in the order asked for, each as soon as it is there; and whether it is new, or one of those `saved` (by `provenance["job"]`)."""
     chosen = [find_probe(name) for name in names]
     if not chosen or len({one.name for one in chosen}) < len(chosen):
         raise refusal("measure_all", "names", names, f"the names of probes, each once. There are: {', '.join(list_probes())}.")
     strangers = set(settings or {}) - {p.name for p in chosen}
     if strangers:
         raise ValueError(f"measure_all(settings=...) names {', '.join(sorted(strangers))}, which is not among the probes asked for.")
-    shared, records = Shared(), {}
+    shared, waiting = Shared(), [one.name for one in chosen]
+    found: dict[str, tuple[Record, bool]] = {}
     for one in sorted(chosen, key=lambda one: one.name != "spectrum"):  # first: the others can use its products
         subject = Subject(objective, held_out, progress, shared)
-        records[one.name] = _measure(subject, one, points if one.points else (), dict(tags or {}), dict((settings or {}).get(one.name, {})))
-    return Records([records[one.name] for one in chosen])
+        found[one.name] = _measure(subject, one, points if one.points else (), dict(tags or {}), dict((settings or {}).get(one.name, {})), saved or {})
+        while waiting and waiting[0] in found:
+            yield found.pop(waiting.pop(0))
 
 
 @checked
@@ -152,30 +169,46 @@ def connect(objective: Objective, a: Any, b: Any, *, held_out: Objective | None 
     return measure(objective, "connectivity", a, b, held_out=held_out, progress=progress, **settings)
 
 
-def _measure(subject: Subject, one: Probe, points: tuple[Any, ...], tags: dict[str, str | int | float], settings: dict[str, Any]) -> Record:
+def _measure(
+    subject: Subject, one: Probe, points: tuple[Any, ...], tags: dict[str, str | int | float], settings: dict[str, Any], saved: Mapping[str, Record]
+) -> tuple[Record, bool]:
+    """The record of one probe, and whether it is new."""
     networks = _networks(subject, one, points)
     unknown = set(settings) - set(one.settings)
     if unknown:
         raise TypeError(f"{one.name} has no setting {', '.join(sorted(unknown))}. It has: {', '.join(one.settings) or 'none'}.")
     settings = check_settings(one.function, one.name, settings)
+    described = one.settings | {name: _described(value) for name, value in settings.items()}
+    job = _job(subject, one, networks, described, tags)
+    if job in saved:
+        return saved[job], False
     before, began = subject.shared.products, time.perf_counter()
     results = one.function(subject, *networks, **settings)
     spent = subject.shared.products - before
     statuses = [result.status for result in results.values() if isinstance(result, (Estimate, Eigenpairs, Density, Spectrum, Surface))]
-    return Record(
+    record = Record(
         probe=one.name,
         results=results,
         says=one.says(results) if one.says is not None else "",
         missing=dict(subject.missing),
-        settings=one.settings | {name: _described(value) for name, value in settings.items()},
+        settings=described,
         tags=tags,
-        provenance=_provenance(subject) | ({} if one.points else {"loss": subject.once("loss", subject.objective.value)}),
+        provenance=_provenance(subject) | {"job": job} | ({} if one.points else {"loss": subject.once("loss", subject.objective.value)}),
         products=spent,
         reused=subject.reused,
         seconds=time.perf_counter() - began,
         status=worst_status(statuses),
         label=_label(networks) or subject.objective.label,
     )
+    return record, True
+
+
+def _job(subject: Subject, one: Probe, networks: list[Point], settings: Mapping[str, Any], tags: Mapping[str, Any]) -> str:
+    """A hash of what a record depends on, its label and tags included; not of the place of a store, nor of device, threads or memory."""
+    sides = [[identity_of(side, ordered=True), metrics_identity(side)] for side in (subject.objective, subject.held_out) if side is not None]
+    points = [[point_identity(point), point.label] for point in networks]
+    kept = sorted((name, value) for name, value in settings.items() if name != "store")
+    return short_hash(one.name, function_identity(one.function), kept, sorted(tags.items()), subject.objective.label, sides, points, version("orograph"))
 
 
 def _label(networks: list[Point]) -> str:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import re
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,19 +13,22 @@ from typing import Literal
 import torch
 
 from .crowds import losses_of
+from .durable import append_line, fingerprint, read_lines, sealed_line
+from .errors import OrographWarning
 from .evaluation import PerExample
 from .grids import Place
+from .identity import identity_of, measured_losses, point_identity, short_hash
+from .linalg.checkpoints import agree
 from .memory import free_bytes
 from .objective import Objective
 from .planes import Plane
 from .profiles import difference_sem
 from .renormalise import renormalised_all, running_norms
 from .results import Point
-from .snapshots import fingerprint
 
 SurfaceStatistics = Literal["auto", "frozen", "reestimated"]
 TOGETHER, GROUP_SECONDS = 25, 60.0  # places that go through the data at once
-WITNESSES, SAME = 3, 1e-4  # samples found that are evaluated again, and what another machine or number of threads explains
+WITNESSES = 3  # samples found that are evaluated again
 
 
 @dataclass
@@ -36,7 +36,8 @@ class Samples:
     """Losses over one plane for one data set and one policy for running statistics.
 
     `evaluations`: losses of the whole data that were evaluated, whatever for (given: those before, to choose the plane and the data); `passes`: forward passes that this took, two for a loss where running statistics are re-estimated ·
-    `path`: a JSON-lines file; a line is one sample, appended as soon as it is there · `reference`: the place that errors are differences to.
+    `path`: a file of JSON lines; a line is one sample with its own SHA-256, appended as soon as it is there. Damaged lines are told and evaluated anew; what cannot
+    be appended (no room, no permission) is warned of once and tried again · `reference`: the place that errors are differences to.
     """
 
     objective: Objective
@@ -51,7 +52,8 @@ class Samples:
     before: int = field(init=False)  # evaluations that were given
     refused: list[Place] = field(default_factory=list)  # places whose stored samples are another loss's, evaluated to know that
     key: str = field(init=False)  # a hash of what the losses depend on
-    _broken: bool = False  # the file ends in a line of a killed process
+    _unsaved: list[bytes] = field(default_factory=list)  # lines that could not be appended
+    _warned: bool = False
     _referred: list[PerExample | None] = field(default_factory=list)  # the losses of examples at the reference, once they are known
     _together: int = 1
     _expected: int = 0  # evaluations when what is asked for now is there
@@ -60,21 +62,11 @@ class Samples:
         self.key, self.before = self._hash(), self.evaluations
         if not self._repeats:
             self._together = self._affordable(0.0)
-        if self.path is None or not self.path.exists():
-            return
-        text = self.path.read_text()
-        self._broken = bool(text) and not text.endswith("\n")
-        stored: dict[str, dict[Place, tuple[float, float]]] = {}
-        for line in text.splitlines():
-            try:
-                row = json.loads(line)
-                stored.setdefault(row["key"], {})[row["s"], row["t"]] = row["loss"], row["error"]
-            except (ValueError, TypeError, KeyError):
-                continue  # the last line of a killed process
-        self._take(stored)
+        if self.path is not None:
+            self._take(read_store(self.path))
 
     def _take(self, stored: dict[str, dict[Place, tuple[float, float]]]) -> None:
-        """Find the samples that have the losses of now: no hash knows a user's own loss or the code of a model, and far from the origin both show."""
+        """Find the samples that have the losses of now: no hash knows everything of a user's own loss and model, and far from the origin both show."""
         key, again = self.key, 1
         now: dict[Place, tuple[float, float]] = {}
         while self.key in stored:
@@ -84,15 +76,16 @@ class Samples:
             if new:
                 self._evaluate(new, keep=False)
             now, self.found = now | self.found, {}
-            if all(math.isclose(old := stored[self.key][place][0], now[place][0], rel_tol=SAME) or (old != old and now[place][0] != now[place][0]) for place in chosen):
+            losses = measured_losses(self.objective, [now[place][0] for place in chosen])
+            if agree(losses | {"values": [stored[self.key][place][0] for place in chosen]}, losses):
                 self.found = stored[self.key]
                 self.refused = [place for place in now if place not in self.found]
                 return
             again += 1
             self.key = f"{key}-{again}"
         self.refused, self.found = list(now), now
-        for (s, t), (loss, error) in now.items():
-            self._append({"key": self.key, "s": s, "t": t, "loss": loss, "error": error})
+        self._unsaved += [self._line(place) for place in now]
+        self._save()
 
     def _witnesses(self, stored: dict[Place, tuple[float, float]]) -> list[Place]:
         """Stored places that are evaluated again: the reference, which is needed anyway, the one with the highest loss, and those farthest from the origin."""
@@ -102,15 +95,10 @@ class Samples:
 
     def _hash(self) -> str:
         objective = self.objective
-        point, own, criterion = objective.point(self.plane.origin), objective.fingerprints(), objective.recipe.criterion
-        tensors = [self.plane.u, self.plane.v, point.theta, *point.buffers.values(), *point.frozen.values()]
-        rest: list[object] = [self.reference, own["data"], own["parameters"], self.statistics, str(objective.dtype), objective.mode, str(objective.recipe.model)]
-        if criterion is not None:
-            rest += [criterion.name, criterion.reduction, *(f"{name}={fingerprint([x]) if isinstance(x, torch.Tensor) else x}" for name, x in sorted(criterion.settings.items()))]
-        if objective.mode == "batch" or self.statistics == "reestimated":
-            rest.append(objective.terms().batches.reading.sizes)  # whose statistics are used depends on the batches
-        text = re.sub(r"0x[0-9a-f]+", "", json.dumps([fingerprint(tensors), rest]))  # addresses, which a module may print, are others in every process
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        own = {name: value for name, value in identity_of(objective).items() if name != "weights"}  # those of the plane's origin count
+        if self.statistics == "reestimated":
+            own["sizes"] = objective.terms().batches.reading.sizes  # whose statistics are used depends on the batches
+        return short_hash(own, self.statistics, self.reference, point_identity(objective.point(self.plane.origin)), fingerprint([self.plane.u, self.plane.v]))
 
     def referred(self) -> PerExample | None:
         """The losses of the single examples at the reference."""
@@ -186,10 +174,36 @@ class Samples:
                 continue
             error = math.nan if examples is None or there is None else difference_sem(there, there, examples, 0.5)
             self.found[s, t] = loss, error
-            if self.path is not None and keep:
-                self._append({"key": self.key, "s": s, "t": t, "loss": loss, "error": error})
+            if keep:
+                self._unsaved.append(self._line((s, t)))
+        self._save()
         self.evaluations, self.passes = before + len(crowd), self.passes + len(crowd) * (2 if renormalises else 1)
         self.report(self.evaluations, self._expected)
+
+    def _line(self, place: Place) -> bytes:
+        loss, error = self.found[place]
+        return sealed_line({"key": self.key, "s": place[0], "t": place[1], "loss": loss, "error": error})
+
+    def _save(self) -> None:
+        """Append what is not on disk yet; a failure is warned of once, and ends nothing."""
+        if self.path is None:
+            self._unsaved.clear()
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            while self._unsaved:
+                append_line(self.path, self._unsaved[0])
+                del self._unsaved[0]
+        except OSError as error:
+            if not self._warned:
+                warnings.warn(f"samples cannot be saved in store={str(self.path)!r} ({error.strerror or error}). The picture goes on, and saving is tried again.", OrographWarning, stacklevel=2)
+            self._warned = True
+
+    def close(self) -> None:
+        """Save what could not be saved before; a warning says what is still not on disk."""
+        self._save()
+        if self._unsaved:
+            warnings.warn(f"{len(self._unsaved)} samples are not in store={str(self.path)!r}, and would be evaluated again. Make room there, or give another file.", OrographWarning, stacklevel=2)
 
     def _affordable(self, seconds: float) -> int:
         """How many places to take together, from what one took."""
@@ -197,15 +211,29 @@ class Samples:
         size = sum(tensor.numel() * tensor.element_size() for tensor in (point.theta, point.theta, *point.buffers.values())) + 32 * self.objective.examples
         return max(min(TOGETHER, int(GROUP_SECONDS / max(seconds, 1e-9)), free_bytes(self.objective.device) // 4 // size), 1)
 
-    def _append(self, row: dict[str, float | str]) -> None:
-        """One write, flushed to disk; a line of a killed process that has no end gets one."""
-        assert self.path is not None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            file.write((("\n" if self._broken else "") + json.dumps(row) + "\n").encode())
-            self._broken = False
-            file.flush()
-            os.fsync(file.fileno())
+
+
+def read_store(path: Path) -> dict[str, dict[Place, tuple[float, float]]]:
+    """The samples in a file, by the key of their losses; none where there is no file. What is damaged is warned of. ValueError where the file cannot be read."""
+    found: dict[str, dict[Place, tuple[float, float]]] = {}
+    unfinished: list[int] = []
+    damaged: list[int] = []
+    try:
+        for line in read_lines(path):
+            row = line.content
+            if row is not None and line.sealed:
+                found.setdefault(row["key"], {})[row["s"], row["t"]] = row["loss"], row["error"]
+            else:
+                (unfinished if line.unfinished else damaged).append(line.number)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ValueError(f"store={str(path)!r} cannot be read: {error.strerror or error}. Give the name of a file that can, or of a new one.") from error
+    for lines, why in ((unfinished, "unfinished (the writer was stopped)"), (damaged, "damaged, or no samples of this version of Orograph")):
+        if lines:
+            which = f"line{'s' if len(lines) > 1 else ''} {', '.join(map(str, lines[:5]))}{f' and {len(lines) - 5} more' if len(lines) > 5 else ''}"
+            warnings.warn(f"store={str(path)!r}, {which}: {why}. What is missing is evaluated anew.", OrographWarning, stacklevel=3)
+    return found
 
 
 def chosen_policy(statistics: SurfaceStatistics, objective: Objective, networks: int) -> SurfaceStatistics:

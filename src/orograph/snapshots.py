@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
+from .durable import fingerprint
 from .errors import OrographError
 from .kernels import plain_forwards, plain_kernels
 from .layout import Layout, select_layout
@@ -111,14 +112,6 @@ class Snapshot:
         weights = fingerprint([self.point.theta, *self.point.buffers.values(), *self.point.frozen.values()])
         names = repr([(name, tuple(shape)) for name, shape in zip(self.layout.names, self.layout.shapes, strict=True)])
         return {"weights": weights, "parameters": hashlib.sha256(names.encode()).hexdigest()[:16]}
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """A short hash of the bytes of some tensors, in their order."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def take_snapshot(model: nn.Module, params: str | Sequence[str] | None, mode: Mode, device: torch.device | None, dtype: torch.dtype | None) -> Snapshot:

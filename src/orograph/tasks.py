@@ -7,7 +7,7 @@ import inspect
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from .durable import write_atomically
 from .exports import FORMATS, save_surface
 from .objective import Objective
 from .progress import Progress
-from .records import Record, Records
-from .registry import find_probe, measure_all
+from .records import Record
+from .registry import find_probe, measure_each
 from .results import Point, Surface, Table
 
 Settings = dict[str, dict[str, Any]]  # probe -> setting -> value
@@ -131,10 +133,10 @@ def distinct_labels(files: Sequence[Path]) -> list[str]:
     return labels
 
 
-def run_job(job: Job, progress: Progress = None) -> Iterator[Records]:
-    """Measure checkpoint by checkpoint, and yield the records of each; last what compares them."""
+def run_job(job: Job, saved: Mapping[str, Record], progress: Progress = None) -> Iterator[tuple[Record, bool]]:
+    """Measure checkpoint by checkpoint, and last what compares them: each record as soon as it is there, and whether it is new or one of those `saved`."""
     if not job.weights:
-        yield measure_all(job.objective, job.probes, held_out=job.held_out, progress=progress, settings=job.settings)
+        yield from measure_each(job.objective, job.probes, held_out=job.held_out, progress=progress, settings=job.settings, saved=saved)
         return
     labels = dict(zip(job.weights, distinct_labels(job.weights), strict=True))
     for file, label in labels.items():
@@ -145,12 +147,12 @@ def run_job(job: Job, progress: Progress = None) -> Iterator[Records]:
     for file, label in labels.items() if single else ():
         point = read_checkpoint(job.objective, file, label)
         held_out = job.held_out.at(point) if job.held_out is not None else None
-        found = measure_all(job.objective.at(point), single, held_out=held_out, progress=progress, settings=_of(job.settings, single))
-        yield _from_files(found, [file])
+        for record, new in measure_each(job.objective.at(point), single, held_out=held_out, progress=progress, settings=_of(job.settings, single), saved=saved):
+            yield _from_files(record, [file]), new
     if comparing:
         points = [read_checkpoint(job.objective, file, label) for file, label in labels.items()]
-        found = measure_all(job.objective, comparing, *points, held_out=job.held_out, progress=progress, settings=_of(job.settings, comparing))
-        yield _from_files(found, job.weights)
+        for record, new in measure_each(job.objective, comparing, *points, held_out=job.held_out, progress=progress, settings=_of(job.settings, comparing), saved=saved):
+            yield _from_files(record, job.weights), new
 
 
 def picture_stem(record: Record) -> str:
@@ -177,13 +179,19 @@ def save_pictures(record: Record, folder: Path, stem: str) -> list[Path]:
     return [save_surface(surface, folder / f"{stem}{ending}", marks=marks if isinstance(marks, Table) else None) for ending in endings]
 
 
+def save_weights(state: Mapping[str, Any], path: Path) -> None:
+    """A state dict as a safetensors file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda partial: save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial))
+
+
 def _of(settings: Settings, probes: Sequence[str]) -> Settings:
     return {name: values for name, values in settings.items() if name in probes}
 
 
-def _from_files(records: Records, files: Sequence[Path]) -> Records:
-    """The same records, which say where the weights came from."""
-    return Records(replace(record, provenance=record.provenance | {"weights": ", ".join(map(str, files))}) for record in records)
+def _from_files(record: Record, files: Sequence[Path]) -> Record:
+    """The same record, which says where the weights came from."""
+    return replace(record, provenance=record.provenance | {"weights": ", ".join(map(str, files))})
 
 
 def _value(text: str) -> Any:

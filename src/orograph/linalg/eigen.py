@@ -13,7 +13,7 @@ from ..errors import OutOfBudget
 from ..memory import size_text
 from ..progress import Progress, progress_bar
 from ..results import Eigenpairs, Status, worst_status
-from .lobpcg import BLOCKS, GUARD, lobpcg_vectors
+from .lobpcg import BLOCKS, GUARD, KEPT, lobpcg_vectors
 from .operator import LinearOperator, in_full_precision
 from .power import power_vectors
 from .search import Goal, Which, lanczos_search
@@ -56,11 +56,11 @@ def eigenpairs(
     budget = max_products if max_products is not None else 1000 + 20 * goal.count
     with progress_bar(progress, f"{k} {which} eigenpair{'s' if goal.count > 1 else ''}") as report:
         if method == "power":
-            vectors, missed, scale = power_vectors(op, goal.k, which, goal.tol, budget - goal.count, seed, report), 1.0, 0.0
+            vectors, missed, scale = power_vectors(op, goal.k, which, goal.tol, budget - goal.count, seed, checkpoint, report), 1.0, 0.0
         elif method == "lobpcg":
-            _fits(op, goal, BLOCKS * (goal.k + GUARD))
+            _fits(op, goal, (BLOCKS + (KEPT if checkpoint is not None else 0)) * (goal.k + GUARD))
             last = 2 * goal.k if which == "magnitude" else goal.count  # products of the final check
-            (vectors, scale), missed = lobpcg_vectors(op, goal, budget - last, start, seed, report), 1.0
+            (vectors, scale), missed = lobpcg_vectors(op, goal, budget - last, start, seed, checkpoint, report), 1.0
         else:
             vectors, missed, scale = lanczos_search(op, goal, _capacity(op, goal), budget - goal.count, start, seed, checkpoint, report)
     return certified(op, goal, vectors, missed, scale, before)

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from ..progress import Report
+from .checkpoints import State, checkpointing, job_description
 from .lanczos import orthogonalise
 from .operator import LinearOperator
 from .search import Goal
 
 GUARD = 2  # vectors beyond those asked for, which keep a cluster at the edge of the block from slowing it down
 BLOCKS = 17  # held at the worst, as measured
+KEPT = 8  # more, where a checkpoint is written: the last state, and its copy while it is saved
 NEGLIGIBLE = 1e-3  # share of a residual that must be new, or it gives no direction
 
 
-def lobpcg_vectors(op: LinearOperator, goal: Goal, budget: int, start: Tensor | None, seed: int, report: Report) -> tuple[Tensor, float]:
+@dataclass
+class _Block:
+    """Where one end of the spectrum stands: the block X, its last step P, their images, and products used."""
+
+    X: Tensor
+    AX: Tensor
+    P: Tensor
+    AP: Tensor
+    used: int
+
+    def state(self) -> State:
+        return {"X": self.X, "AX": self.AX, "P": self.P, "AP": self.AP}
+
+
+def lobpcg_vectors(op: LinearOperator, goal: Goal, budget: int, start: Tensor | None, seed: int, checkpoint: str | Path | None, report: Report) -> tuple[Tensor, float]:
     r"""Rows (c, n) and the largest |Ritz value| seen. The rows are the best of $\operatorname{span}(X, R, P)$ over and over, X the block, $R = AX - X\Lambda$, P the part of the last step outside X.
 
     Locally optimal, without a preconditioner. One product per vector that is not yet good. P is made
@@ -23,27 +43,41 @@ def lobpcg_vectors(op: LinearOperator, goal: Goal, budget: int, start: Tensor | 
     doi:10.1137/S1064827500366124.
     """
     ends = {"both": (1.0, -1.0), "magnitude": (1.0, -1.0), "largest": (1.0,), "smallest": (-1.0,)}[goal.which]
-    found = torch.zeros(0, op.size, dtype=op.dtype, device=op.device)
-    spent, largest, floor = 0, 0.0, 0.0
-    for turn, sign in enumerate(ends):
-        share = (budget - spent) // (len(ends) - turn)
-        rows, values, used, largest = _end(op, goal, sign, share, start, seed + turn, largest, floor, report)
-        found, spent = torch.cat([found, rows]), spent + used
-        floor = float(values.abs().min()) if goal.which == "magnitude" else 0.0  # what is smaller will not be among the k
+    job = job_description(op, checkpoint, what="eigenpairs", method="lobpcg", k=goal.k, which=goal.which, tol=goal.tol, seed=seed, start=start)
+    with checkpointing(checkpoint, job) as (earlier, keep):
+        found = torch.zeros(0, op.size, dtype=op.dtype, device=op.device) if earlier is None else earlier["found"].to(op.device)
+        first, spent, largest, floor, used = (0, 0, 0.0, 0.0, 0) if earlier is None else earlier["numbers"].tolist()
+        op.products += int(spent + used)
+        block = None if earlier is None or "X" not in earlier else _Block(**{name: earlier[name].to(op.device) for name in ("X", "AX", "P", "AP")}, used=int(used))
+        for turn in range(int(first), len(ends)):
+            share = int(budget - spent) // (len(ends) - turn)
+            numbers = [turn, spent, largest, floor]
+
+            def note(at: _Block, scale: float, found: Tensor = found, numbers: list[float] = numbers) -> None:
+                keep({**at.state(), "found": found, "numbers": torch.tensor([*numbers[:2], scale, numbers[3], at.used], dtype=torch.float64)})
+
+            rows, values, used, largest = _end(op, goal, ends[turn], share, block or _begin(op, goal, share, start, seed + turn), largest, floor, report, note)
+            found, spent, block = torch.cat([found, rows]), spent + used, None
+            floor = float(values.abs().min()) if goal.which == "magnitude" else 0.0  # what is smaller will not be among the k
+            keep({"found": found, "numbers": torch.tensor([turn + 1, spent, largest, floor, 0], dtype=torch.float64)})
     return found, largest
 
 
+def _begin(op: LinearOperator, goal: Goal, budget: int, start: Tensor | None, seed: int) -> _Block:
+    """A block of guesses and random vectors, with its products."""
+    size = min(goal.k + GUARD, op.size, max(budget, 1))
+    guess = [] if start is None else list(start.reshape(op.size, -1).T.to(op.device, op.dtype))
+    X = _independent(op, [], [*guess, *(op.space.sample(seed, i, "normal") for i in range(size))], size)
+    return _Block(X, (op @ X.T).T, X[:0], X[:0], size)
+
+
 def _end(
-    op: LinearOperator, goal: Goal, sign: float, budget: int, start: Tensor | None, seed: int, largest: float, floor: float, report: Report
+    op: LinearOperator, goal: Goal, sign: float, budget: int, block: _Block, largest: float, floor: float, report: Report, note: Callable[[_Block, float], None]
 ) -> tuple[Tensor, Tensor, int, float]:
     """(k rows at one end of the spectrum, their values, products, largest |Ritz value|)."""
-    k = goal.k
-    block = min(k + GUARD, op.size, max(budget, 1))
-    guess = [] if start is None else list(start.reshape(op.size, -1).T.to(op.device, op.dtype))
-    X = _independent(op, [], [*guess, *(op.space.sample(seed, i, "normal") for i in range(block))], block)
-    AX = (op @ X.T).T
-    P = AP = X[:0]
-    used = block
+    k, used = goal.k, block.used
+    X, AX, P, AP = block.X, block.AX, block.P, block.AP
+    del block
     while True:
         values = _gram(op, X, AX).diagonal() * sign
         R = AX - (values * sign).to(X)[:, None] * X
@@ -74,6 +108,7 @@ def _end(
         del S
         AX, AP = C.T @ AS, D.T @ AS
         del AS
+        note(_Block(X, AX, P, AP, used), largest)
 
 
 def _gram(op: LinearOperator, S: Tensor, AS: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import OutOfBudget
 from ..memory import size_text
 from ..results import Estimate
-from .checkpoints import State
+from .checkpoints import Keep, State
 from .operator import LinearOperator
 from .remainder import MOST, Deflation, more_forms, no_forms, remainder_moments, worth_a_vector
 from .runs import COLUMNS, PILOTS, Runs, share_memory
@@ -31,17 +31,20 @@ PATIENCE = 3  # times the products of the top that the bottom may take
 class OnePass:
     """Where the work stands: Krylov runs, forms, and the phase."""
 
-    def __init__(self, op: LinearOperator, k: int, rel_error: float, max_products: int, seed: int, state: State | None) -> None:
+    def __init__(self, op: LinearOperator, k: int, rel_error: float, max_products: int, seed: int, state: State | None, keep: Keep) -> None:
         self.op, self.k, self.rel_error, self.room, self.seed, self.tol = op, k, rel_error, max_products - k - 1, seed, 1e-3
-        room = share_memory(op, min(MOST, op.size), 7 * (k + 1))
+        self.keep = keep
+        room = share_memory(op, min(MOST, op.size), 7 * (k + 1), state)
         capacity, self.columns = room.capacity, room.columns
         if capacity < min(op.size, 2 * (k + 1) + STEPS + 5):
             raise OutOfBudget(
                 f"spectrum(k={k}) keeps at least {2 * (k + 1) + STEPS + 5} vectors beside those of a product, and {capacity} of {op.size} entries fit into what is left "
                 f"of the operator's memory, {size_text(op.memory)}. Ask for fewer pairs, use eigenpairs and trace, or give the operator a larger memory=."
             )
-        self.runs = Runs(op, capacity, spare=room.spare) if state is None else Runs.resumed(op, capacity, state, spare=room.spare)
+        self.runs = Runs.resumed(op, room, state)
         self.forms = no_forms() if state is None else {name: state[name] for name in (*no_forms(), "total", "drawn") if name in state}
+        if room.forms_lost:
+            self.forms |= no_forms()
         numbers = [0.0, 0.0, 0.0, 1.0, 1.0, 0.0] if state is None else state["numbers"].tolist()
         self.products: int = int(numbers[0])
         self.phase: Phase = PHASES[int(numbers[1])]
@@ -90,6 +93,7 @@ class OnePass:
             if len(runs.each) > 1 or runs.last.size <= 2 * (self.k + 1):
                 self._next()
                 return
+            self.keep(self.state(), now=True)  # the basis is overwritten in its place
             runs.last.compress(self._survivors())
         runs.step()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .checkpoints import State
 from .intervals import Moments, combine, spread
 from .operator import LinearOperator
-from .runs import COLUMNS, PER_COLUMN, PILOT_STREAM, PILOTS, Runs, share_memory
+from .runs import COLUMNS, PER_COLUMN, PILOT_STREAM, PILOTS, Room, Runs, share_memory
 from .trace_methods import (
     ROUNDINGS,
     dots,
@@ -112,18 +112,13 @@ class KrylovTrace:
 
     def __init__(self, op: LinearOperator, seed: int, rel_error: float | None, max_products: int, state: State | None) -> None:
         self.op, self.seed, self.rel_error, self.room = op, seed, rel_error, max_products
-        room = share_memory(op, min(max_products // 2, MOST, max(op.size - 2, 0)), 0)
-        self.columns = room.columns
+        room = share_memory(op, min(max_products // 2, MOST, max(op.size - 2, 0)), 0, state)
+        self.columns, self.forms_lost = room.columns, room.forms_lost
         self.sketch: BlockSketch | None = None
         self.out: Deflation | None = None
         self.closed = state is not None and bool(state["closed"])
-        if state is None:
-            self.runs = Runs(op, room.capacity, spare=room.spare)
-            return
-        sketched = "R" in state
-        capacity = len(state["rows"]) if sketched else room.capacity
-        self.runs = Runs.resumed(op, capacity, state, spare=room.spare)
-        if sketched:
+        self.runs = Runs.resumed(op, room, state)
+        if state is not None and "R" in state:
             names = ("Q", "AQ", "R", "drawn", "rest")
             self.sketch = BlockSketch(self.runs, seed, {name: state[name] for name in names}, self.columns)
 
@@ -159,7 +154,7 @@ class KrylovTrace:
         trace, _, square = runs.remainder()
         if left < PILOTS or square < FORMS_WORTH_A_SKETCH * form_worth(square, self._target(trace), left):
             return False
-        closed = Runs.resumed(self.op, runs.size, runs.state(), spare=runs.spare)  # gives back the memory that it has not used
+        closed = Runs.resumed(self.op, Room(runs.size, runs.spare, self.columns), runs.state())  # gives back the memory that it has not used
         self.sketch = BlockSketch.begun(closed, self.seed, self.columns)
         if self.sketch is not None:
             self.runs = closed

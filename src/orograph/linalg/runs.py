@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..errors import OutOfBudget
+from ..memory import size_text
 from .checkpoints import State
 from .lanczos import Krylov
 from .operator import LinearOperator
@@ -158,7 +160,7 @@ class Runs:
     def state(self) -> State:
         """For a checkpoint."""
         extra = 1 if self.each and not self.last.exhausted else 0
-        found: State = {"rows": self.buffer[: self.size + extra]}
+        found: State = {"rows": self.buffer[: self.size + extra], "room": torch.tensor([self.capacity, self.spare])}
         if self.pilots is not None:
             found["pilot_vectors"], found["pilot_images"] = self.pilots
         for index, run in enumerate(self.each):
@@ -170,9 +172,11 @@ class Runs:
         return found
 
     @classmethod
-    def resumed(cls, op: LinearOperator, capacity: int, state: State, *, spare: bool = True) -> Runs:
-        """From a checkpoint's state."""
-        runs = cls(op, capacity, spare=spare)
+    def resumed(cls, op: LinearOperator, room: Room, state: State | None) -> Runs:
+        """From a checkpoint's state, or at the beginning."""
+        runs, capacity = cls(op, room.capacity, spare=room.spare), room.capacity
+        if state is None or "room" not in state:
+            return runs
         if "pilot_vectors" in state:
             V, D = (state[name].to(op.device) for name in ("pilot_vectors", "pilot_images"))
             runs.pilots = V.T.contiguous().T, D.T.contiguous().T  # the layout decides the last bit
@@ -199,11 +203,23 @@ class Room:
     capacity: int
     spare: bool
     columns: int
+    forms_lost: bool = False  # those of a checkpoint: they were drawn outside of a second basis, for which there is no room now
 
 
-def share_memory(op: LinearOperator, most: int, beside: int) -> Room:
-    """A basis of at most `most` vectors, when `beside` others are needed at some time, and at others a block of columns."""
-    fits = op.memory // (op.size * torch.finfo(op.dtype).bits // 8)
+def share_memory(op: LinearOperator, most: int, beside: int, state: State | None = None) -> Room:
+    """A basis of at most `most` vectors, when `beside` others are needed at some time, and at others a block of columns.
+
+    A job that goes on from `state` shares memory as it did before, so that its numbers are the same, unless there is less now.
+    """
+    item = op.size * torch.finfo(op.dtype).bits // 8
+    fits = op.memory // item
     left = max(fits - max(beside, PER_COLUMN * COLUMNS), 0)
-    capacity = min(most, left)
-    return Room(capacity, left >= 2 * capacity, max(1, min(COLUMNS, (fits - capacity) // PER_COLUMN)))
+    capacity, spare, lost = min(most, left), True, False
+    if state is not None and "room" in state:
+        held, (earlier, spare) = len(state["rows"]), state["room"].tolist()
+        capacity = max(min(int(earlier), capacity), held)
+        if fits < held + PER_COLUMN:
+            need = size_text((held + PER_COLUMN) * item)
+            raise OutOfBudget(f"the checkpoint holds {held} vectors of {op.size} entries, which take {need} with those of a product; the operator's memory is {size_text(op.memory)}. Give it a larger memory=.")
+        lost = bool(spare) and left < 2 * capacity and len(state["forms"]) > 0
+    return Room(capacity, bool(spare) and left >= 2 * capacity, max(1, min(COLUMNS, (fits - capacity) // PER_COLUMN)), lost)

@@ -103,23 +103,30 @@ class Search:
         }  # fmt: skip
 
     @classmethod
-    def resumed(cls, op: LinearOperator, state: State) -> Search:
-        starts, products, size, beta, log_betas, scale, capacity = state["numbers"].tolist()
-        krylov = Krylov(op, int(capacity), state["locked"].to(op.device), size=int(size), beta=beta, log_betas=log_betas, scale=scale, discarded=state["discarded"].cpu())
+    def resumed(cls, op: LinearOperator, goal: Goal, capacity: int, state: State) -> Search:
+        """With the capacity that it had, or with `capacity` where memory allows no more now."""
+        starts, products, size, beta, log_betas, scale, earlier = state["numbers"].tolist()
+        capacity = min(int(earlier), capacity)
+        krylov = Krylov(op, max(capacity, int(size)), state["locked"].to(op.device), size=int(size), beta=beta, log_betas=log_betas, scale=scale, discarded=state["discarded"].cpu())
         krylov.basis[: krylov.size + 1] = state["basis"]
         krylov.T[: krylov.size, : krylov.size] = state["T"].cpu()
         op.products += int(products)
-        return cls(krylov, state["values"].cpu(), int(starts), int(products))
+        search = cls(krylov, state["values"].cpu(), int(starts), int(products))
+        while krylov.size >= capacity:
+            krylov.compress(_survivors(search, goal))
+        if krylov.capacity > capacity:
+            krylov.basis, krylov.T, krylov.capacity = krylov.basis[: capacity + 1].clone(), krylov.T[:capacity, :capacity].clone(), capacity
+        return search
 
 
 def lanczos_search(
     op: LinearOperator, goal: Goal, capacity: int, budget: int, start: Tensor | None, seed: int, checkpoint: str | Path | None, report: Report
 ) -> tuple[Tensor, float, float]:
     """Rows (c, n) that span the wanted pairs, the chance that one was missed, and the largest |Ritz value| seen."""
-    job = job_description(op, checkpoint, what="eigenpairs", k=goal.k, which=goal.which, tol=goal.tol, seed=seed, start=start is not None)
+    job = job_description(op, checkpoint, what="eigenpairs", method="lanczos", k=goal.k, which=goal.which, tol=goal.tol, seed=seed, start=start)
     with checkpointing(checkpoint, job) as (found, keep):
         if found is not None:
-            search = Search.resumed(op, found)
+            search = Search.resumed(op, goal, capacity, found)
         else:
             empty = torch.zeros(0, op.size, dtype=op.dtype, device=op.device)
             search = Search(Krylov(op, capacity, empty), torch.zeros(0, dtype=torch.float64))

@@ -67,7 +67,7 @@ def _one_pass(
     before = op.products
     job = job_description(op, checkpoint, what="spectrum", k=k, seed=seed)
     with progress_bar(progress, "spectrum") as report, checkpointing(checkpoint, job) as (earlier, keep):
-        work = OnePass(op, min(k, op.size), rel_error, max_products or 1000 + 20 * k, seed, earlier)
+        work = OnePass(op, min(k, op.size), rel_error, max_products or 1000 + 20 * k, seed, earlier, keep)
         while work.advance():
             keep(work.state())
             report(work.products, max(work.expected, work.products), work.phase)

@@ -49,13 +49,14 @@ def trace(
     Looked at only where it is expected to be met, so that stopping when the interval happens to be short costs no coverage to speak
     of. A trace near zero ends "budget-limited" with its interval; "noise-limited": rounding in the products is all that is left.
     Where an estimator would take n products or more and `max_products` has room for n, the trace is computed exactly.
-    `checkpoint`: a file; a killed job that is called again the same way gives the same bits. How the interval comes about: `intervals`.
+    `checkpoint`: a file; a killed job that is called again the same way gives the same bits, and one that has ended goes on where a smaller `rel_error` or more `max_products` are asked for. How the interval comes about: `intervals`.
     """
     kind = _choose(op, method, rel_error, max_products)
-    job = job_description(op, checkpoint, task="trace", method=method, seed=seed)
+    job = job_description(op, checkpoint, what="trace", method=method, seed=seed)
     with progress_bar(progress, "trace") as report, checkpointing(checkpoint, job) as (found, keep):
         state = _start(op, kind, max_products) if found is None else _placed(found, op)
         krylov = KrylovTrace(op, seed, rel_error, max_products, found) if KINDS[int(state["kind"])] == "krylov" else None
+        state |= no_forms() if krylov is not None and krylov.forms_lost else {}
         expected = max_products if rel_error is None else FIRST
         while True:
             kind = KINDS[int(state["kind"])]
@@ -125,7 +126,10 @@ def _start(op: LinearOperator, kind: str, max_products: int) -> State:
 
 
 def _placed(state: State, op: LinearOperator) -> State:
-    return {name: tensor.to(op.device) if name in VECTORS else tensor for name, tensor in state.items()}
+    placed = {name: tensor.to(op.device) if name in VECTORS else tensor for name, tensor in state.items()}
+    if "sketch" in placed:  # memory may be less than it was
+        placed["sketch"] = torch.maximum(placed["sketched"], placed["sketch"].clamp(max=max(_vectors(op) // 4, 0)))
+    return placed
 
 
 def _vectors(op: LinearOperator) -> int:

@@ -103,6 +103,7 @@ def surface(
             samples = Samples(objective, chosen, statistics, Path(store) if store else None, tell, reference=reference, evaluations=0 if pictures else spent, passes=0 if pictures else spent)
             title = "the plane given" if plane is not None else "through three networks" if points else f"random axes, {normalisation}-normalised, seed {seed + len(pictures)}" if rise is None else f"{AXES[axes]}, axes of a rise of {rise:.2g}"
             pictures.append(draw(samples, span=span, resolution=resolution, tol=tol, most=max_evaluations, seed=seed, networks=marks, whole=subject.objective, title=title))
+            samples.close()
     picture, chosen = pictures[0], planes[0]
     results: dict[str, Result] = {"surface": picture.surface, "first_axis": picture.slices[0], "second_axis": picture.slices[1]}
     models, curvature = _models(subject, objective, planes, pictures, own=not points and plane is None and statistics == "frozen", seed=seed)

@@ -51,6 +51,7 @@ def trajectory(
     with progress_bar(subject.progress, "trajectory", unit="point") as report:
         samples = Samples(objective, plane, statistics, Path(store) if store else None, lambda done, expected: report(done, expected, ""), reference=plane.coordinates(points[-1])[:2], evaluations=spent, passes=spent)
         picture = draw(samples, span=1.0, resolution=resolution, tol=tol, most=max_evaluations, seed=seed, networks=points, whole=subject.objective, title="principal components")
+        samples.close()
         rows = [{"step": step} | row for step, row in enumerate(mark_rows(picture, points))]
     faithful: list[dict[str, Any]] = [
         {"quantity": "explained variance", "value": sum(variances)}, {"quantity": "first component", "value": variances[0]}, {"quantity": "second component", "value": variances[1]},

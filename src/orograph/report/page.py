@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..checks import checked
+from ..durable import remove_leftovers, write_atomically
 from ..records import Record, Records, load_records
 
 
@@ -24,9 +25,8 @@ def write_report(records_or_folder: Records | Record | Iterable[Record] | str | 
     text = _render(records)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    remove_leftovers(path.parent)
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     return path
 
 
