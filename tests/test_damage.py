@@ -101,7 +101,7 @@ def store_tells(path, before):
         except ValueError as error:
             numbers, problem = [], str(error)
     if problem:
-        assert problem.startswith(f"store='{path}' cannot be read: ")
+        assert f"store='{path}'" in problem and ("cannot be read: " in problem or "a folder" in problem)
         return
     assert numbers == jobs.undisturbed("surface")[0]
     assert fine or any(issubclass(w.category, OrographWarning) and f"store='{path}', line" in str(w.message) for w in caught)

@@ -20,6 +20,10 @@ def network():
 
 @pytest.fixture
 def objective():
+    return make_objective()
+
+
+def make_objective():
     return og.Objective(network(), nn.CrossEntropyLoss(), (torch.randn(8, 3), torch.arange(8) % 2), params=["0.*"])
 
 

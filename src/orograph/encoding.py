@@ -8,10 +8,9 @@ or this scheme would misread. Tuples come back as lists.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,43 +83,3 @@ def _decode_result(value: dict[str, Json], tensors: Mapping[str, Tensor]) -> Any
         return kind(**arguments)
     except TypeError as error:
         raise RecordError(f"a stored {kind.__name__} does not fit its class: {error}") from error
-
-
-def mismatch(value: Any, hint: Any, where: str) -> str | None:
-    """Where `value` is not of the type `hint`, in words; None where it is. Whole numbers count as floats, True and False as neither."""
-    if hint is Any:
-        return None
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        found = [mismatch(value, one, where) for one in arguments]
-        inside = [problem for problem, one in zip(found, arguments, strict=True) if problem and is_dataclass(one) and type(value) is one]
-        return None if None in found else inside[0] if inside else _wrong(value, hint, where)
-    if origin is Literal:
-        return None if any(type(value) is type(choice) and value == choice for choice in arguments) else _wrong(value, hint, where)
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
-            return _wrong(value, hint, where)
-        return _first(problem for key, item in value.items() for problem in (mismatch(key, arguments[0], f"{where} (a key)"), mismatch(item, arguments[1], f"{where}.{key}")))
-    if origin is not None and issubclass(origin, Sequence):
-        if not isinstance(value, list | tuple):
-            return _wrong(value, hint, where)
-        return _first(mismatch(item, arguments[0], f"{where}.{i}") for i, item in enumerate(value))
-    if is_dataclass(hint) and isinstance(hint, type):
-        if type(value) is not hint:
-            return _wrong(value, hint, where)
-        return _first(mismatch(getattr(value, name), part, f"{where}.{name}".removeprefix(".")) for name, part in get_type_hints(hint).items())
-    if hint in (int, float):
-        right = isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
-    else:
-        right = isinstance(value, NoneType if hint is None else hint)
-    return None if right else _wrong(value, hint, where)
-
-
-def _first(problems: Iterable[str | None]) -> str | None:
-    return next((problem for problem in problems if problem is not None), None)
-
-
-def _wrong(value: Any, hint: Any, where: str) -> str:
-    shown = "" if isinstance(value, Tensor | Mapping | list | tuple) or is_dataclass(value) else f"{value!r}, "[:60]
-    wanted = " or ".join(repr(one) if get_origin(hint) is Literal else getattr(one, "__name__", str(one)) for one in get_args(hint)) if get_origin(hint) in (Union, UnionType, Literal) else getattr(hint, "__name__", str(hint))
-    return f"{where} is {shown}a {type(value).__name__}, where {wanted} belongs"

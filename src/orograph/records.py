@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .checks import checked
 from .durable import append_line, read_lines, read_tensors, remove_leftovers, sealed_line, write_tensors
-from .encoding import Json, decode, encode, mismatch
+from .encoding import Json, decode, encode
 from .errors import OrographWarning, RecordError
 from .record_text import record_text
 from .results import Result, Status
@@ -127,14 +127,12 @@ class Records:
 def save_records(records: Record | Iterable[Record], folder: str | os.PathLike[str], *, vectors: bool = False) -> None:
     """Append `records` to `folder`, which is made if need be. `vectors`: eigenvectors too (n numbers for each pair).
 
-    TypeError, before anything is written, where a field holds what its type does not allow. OSError where there is no room or no permission: the records before are saved.
+    OSError where there is no room or no permission: the records before are saved.
     """
     folder = Path(folder)
     (folder / ARRAYS).mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder / ARRAYS)
     for record in [records] if isinstance(records, Record) else records:
-        if problem := mismatch(record, Record, ""):
-            raise TypeError(f"save_records: {problem}.")
         name, tensors = uuid.uuid4().hex, dict[str, Tensor]()
         line: dict[str, Json] = {f.name: encode(getattr(record, f.name), tensors, vectors=vectors, where=f.name) for f in fields(Record)}
         line |= {"schema": SCHEMA, "arrays": name if tensors else None}
@@ -231,10 +229,13 @@ def _decode_record(content: dict[str, Json], folder: Path, where: str, *, sealed
             raise ValueError(f"it belongs to {metadata.get('record')}")
     except (OSError, ValueError) as error:
         raise RecordError(f"{where} needs {arrays}, which cannot be read ({error}). Restore that file, or remove the line.") from error
+    part = ""
     try:
-        record = Record(**{name: decode(value, tensors) for name, value in content.items()})
+        decoded: dict[str, Any] = {}
+        for field_name, value in content.items():
+            part = f"{field_name}: "
+            decoded[field_name] = decode(value, tensors)
+        part = ""
+        return Record(**decoded)  # checks the types of its fields, as every result does
     except (RecordError, TypeError, ValueError, KeyError, RecursionError) as error:
-        raise RecordError(f"{where} is damaged: {error}. Restore the file, or remove that line.") from error
-    if problem := mismatch(record, Record, ""):
-        raise RecordError(f"{where} is damaged: {problem}. Restore the file, or remove that line.")
-    return record
+        raise RecordError(f"{where} is damaged: {part}{str(error).rstrip('.')}. Restore the file, or remove that line.") from error
