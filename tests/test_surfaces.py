@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -841,6 +841,44 @@ class TestExports:
         back = og.load_surface(og.save_surface(surface, tmp_path / "s.npz"))
         assert (back.evaluations, back.label, back.note, back.xlabel, back.unit) == (7, "loss", "600 of 1,200 examples", "s", "") and torch.equal(back.z, surface.z)
 
+    @pytest.mark.parametrize("error", ["none", "unknown", "known"])
+    def test_every_field_of_a_surface_comes_back(self, tmp_path, error):
+        x, z = torch.arange(3.0).double(), torch.tensor([[1.0, math.nan, 3.0], [math.inf, 0.0, -1.0], [1.0, 2.0, 1e-300]], **DOUBLE)
+        errors = {"none": None, "unknown": torch.full_like(z, math.nan), "known": z.abs()}[error]
+        plain = og.Surface(x=x, y=x + 1, z=z, error=errors)
+        others = {"evaluations": 7, "label": "null", "unit": "7", "xlabel": "s", "ylabel": "t", "note": "", "logarithmic": True, "status": "budget-limited"}
+        assert {field.name for field in fields(og.Surface)} == {"x", "y", "z", "error", *others}  # a new field has to come back too
+        for surface in (plain, replace(plain, **others), replace(plain, logarithmic=False)):
+            back = og.load_surface(og.save_surface(surface, tmp_path / "s.npz"))
+            for field in fields(og.Surface):
+                before, after = getattr(surface, field.name), getattr(back, field.name)
+                if isinstance(before, torch.Tensor):
+                    assert torch.allclose(before, after, rtol=0, atol=0, equal_nan=True)
+                else:
+                    assert before == after and type(before) is type(after)
+
+    def test_a_surface_of_version_0_1_is_read(self, tmp_path):
+        z = np.ones((2, 2))
+        np.savez_compressed(tmp_path / "s.npz", x=z[0], y=z[0], z=z, error=np.nan * z, evaluations=np.array(5), label=np.array("loss"), unit=np.array(""), xlabel=np.array("s"), ylabel=np.array("t"), note=np.array(""))
+        back = og.load_surface(tmp_path / "s.npz")
+        assert (back.evaluations, back.label, back.status, back.error, back.logarithmic) == (5, "loss", "converged", None, None)
+        np.savez_compressed(tmp_path / "s.npz", x=z[0], y=z[0], z=z, error=z, status=np.array("splendid"))
+        with pytest.raises(ValueError, match="status 'splendid'; known are converged"):
+            og.load_surface(tmp_path / "s.npz")
+
+    @pytest.mark.parametrize("lowest", [0.0, -1e-18, -1.0])
+    def test_zeros_keep_the_logarithms_of_a_picture(self, tmp_path, lowest):
+        x = torch.linspace(-1, 1, 9, **DOUBLE)
+        z = 10.0 ** (3 * x[:, None].abs() + x[None].abs()) - 1
+        z[4, 4] = lowest
+        surface = og.Surface(x=x, y=x, z=z, label="loss")
+        assert surface.wide == (lowest > -1) and surface.floor == (float(z[z > 0].min()) if lowest > -1 else None)
+        assert replace(surface, logarithmic=True).wide and not replace(surface, logarithmic=False).wide
+        page = og.write_report([og.Record(probe="surface", results={"surface": surface})], tmp_path / "report.html").read_text()
+        text = og.save_surface(surface, tmp_path / "s.svg").read_text()
+        drawn = f"values below {surface.floor:.2g} drawn like it" if lowest > -1 else None
+        assert ("Logarithmic colours" in page) == ("drawn like it" in page) == (lowest > -1) and (drawn is None or drawn in text)
+
     def test_surfaces_of_an_older_tool_are_put_right(self, tmp_path):
         import h5py
 
@@ -855,6 +893,7 @@ class TestExports:
         expected = f(torch.tensor(x)[:, None], torch.tensor(y)[None])
         expected[2, 1] = math.nan
         assert torch.equal(surface.z.nan_to_num(-7), expected.nan_to_num(-7)) and surface.label == "train loss"
+        assert surface.evaluations == 5 and surface.status == "budget-limited"
         with h5py.File(tmp_path / "line.h5", "w") as file:
             file["xcoordinates"], file["train_acc"] = x, np.array([1.0, 2.0, 3.0])
         assert og.load_surface(tmp_path / "line.h5", quantity="train_acc").z.tolist() == [[1.0], [2.0], [3.0]]

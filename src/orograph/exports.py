@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,20 @@ from torch import Tensor
 
 from .checks import checked
 from .paper import PAPER_FORMATS, View, draw_paper
-from .results import Surface, Table
+from .results import Status, Surface, Table
 
 FORMATS = (".npz", ".csv", ".vtk")
 Floats = np.ndarray[Any, np.dtype[np.float64]]
-WORDS = ("label", "unit", "xlabel", "ylabel", "note")
+ARRAYS = ("x", "y", "z", "error")
 MISSING = -1.0  # what the older files hold where a loss was not evaluated
 
 
 @checked
 def save_surface(surface: Surface, path: str | Path, *, marks: Table | None = None, view: View = "contours") -> Path:
-    """Write a surface to `path`: .npz (x, y, z, error), .csv (a line for each point), .vtk (a structured grid whose height is z, for ParaView), or a figure: .png, .svg, .pdf.
+    """Write a surface to `path`: .npz (everything), .csv (a line for each point), .vtk (a structured grid whose height is z, for ParaView), or a figure: .png, .svg, .pdf.
 
-    z[i, j] is at (x[i], y[j]) in all of them. What is not finite stays so; in .vtk its height is 0, in a figure it is a hole. `marks`: networks to show in a
+    z[i, j] is at (x[i], y[j]) in all of them. What is not finite stays so; in .vtk its height is 0, in a figure it is a hole. A .csv has x, y, z and error, and a .vtk x, y, z and the label:
+    names and units of the axes, note, evaluations, status and scale are lost in them, and in a .vtk the error too. `marks`: networks to show in a
     figure, such as record["points"] or record["path"] · `view`: "contours" or "relief". Figures need `orograph[figures]`.
     """
     path = Path(path)
@@ -39,8 +41,8 @@ def save_surface(surface: Surface, path: str | Path, *, marks: Table | None = No
     x, y, z = (np.asarray(part.detach().cpu(), dtype=np.float64) for part in (surface.x, surface.y, surface.z))
     error = np.full_like(z, np.nan) if surface.error is None else np.asarray(surface.error.detach().cpu(), dtype=np.float64)
     if path.suffix == ".npz":
-        words = {name: np.array(getattr(surface, name)) for name in WORDS}
-        np.savez_compressed(path, allow_pickle=False, x=x, y=y, z=z, error=error, evaluations=np.array(surface.evaluations), **words)
+        rest = {field.name: np.array(value) for field in fields(Surface) if field.name not in ARRAYS and (value := getattr(surface, field.name)) is not None}
+        np.savez_compressed(path, allow_pickle=False, x=x, y=y, z=z, error=error, has_error=np.array(surface.error is not None), **rest)
     elif path.suffix == ".csv":
         rows = np.column_stack([np.repeat(x, len(y)), np.tile(y, len(x)), z.ravel(), error.ravel()])
         np.savetxt(path, rows, delimiter=",", header="x,y,z,error", comments="", fmt="%.17g")
@@ -64,17 +66,14 @@ def load_surface(path: str | Path, *, quantity: str = "train_loss") -> Surface:
     """Read a surface: an .npz that `save_surface` wrote, or an .h5 of tomgoldstein/loss-landscape (Li et al. 2018, arXiv:1712.09913), which needs `orograph[hdf5]`.
 
     `quantity`: which of an .h5's data sets, such as "train_loss" or "train_acc". Those files hold (x, y) in an array of that shape, but filled in the order of y, then
-    x: a square one is transposed and another one sheared, and both are put right here. Their -1, a point that was not evaluated, becomes a hole. A line has the one y = 0.
+    x: a square one is transposed and another one sheared, and both are put right here. Their -1, a point that was not evaluated, becomes a hole, and a surface with holes is "budget-limited". A line
+    has the one y = 0. Those files know no label, note or scale; their points are the evaluations.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"load_surface: there is no file {path}.")
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            x, y, z, error = (_member(arrays, name, path) for name in ("x", "y", "z", "error"))
-            words: dict[str, Any] = {name: str(arrays[name]) for name in WORDS if name in arrays}
-            evaluations = int(arrays["evaluations"]) if "evaluations" in arrays else 0
-        return Surface(x=x, y=y, z=z, error=None if bool(error.isnan().all()) else error, evaluations=evaluations, **words)
+        return _stored(path)
     if path.suffix not in (".h5", ".hdf5"):
         raise ValueError(f"load_surface(path={str(path)!r}) reads .npz and .h5.")
     try:
@@ -87,7 +86,20 @@ def load_surface(path: str | Path, *, quantity: str = "train_loss") -> Surface:
     if values.numel() != len(x) * len(y):
         raise ValueError(f"load_surface: {quantity!r} in {path.name} has {values.numel()} values for {len(x)} x {len(y)} coordinates.")
     z = values.flatten().view(len(y), len(x)).T
-    return Surface(x=x, y=y, z=torch.where(z == MISSING, math.nan, z), label=quantity.replace("_", " "), xlabel="x", ylabel="y")
+    there = z != MISSING
+    status: Status = "converged" if bool(there.all()) else "budget-limited"
+    return Surface(x=x, y=y, z=torch.where(there, z, math.nan), evaluations=int(there.sum()), label=quantity.replace("_", " "), xlabel="x", ylabel="y", status=status)
+
+
+def _stored(path: Path) -> Surface:
+    """A surface with all its fields; those that an older file lacks have their defaults."""
+    with np.load(path, allow_pickle=False) as arrays:
+        x, y, z, error = (_member(arrays, name, path) for name in ARRAYS)
+        has_error = bool(arrays["has_error"]) if "has_error" in arrays else not bool(error.isnan().all())
+        rest = {field.name: arrays[field.name].item() for field in fields(Surface) if field.name not in ARRAYS and field.name in arrays}
+    if rest.get("status", "converged") not in get_args(Status):
+        raise ValueError(f"load_surface: {path.name} has the status {rest['status']!r}; known are {', '.join(get_args(Status))}. A newer version may have written it: pip install --upgrade orograph.")
+    return Surface(x=x, y=y, z=z, error=error if has_error else None, **rest)
 
 
 def _member(arrays: Any, name: str, path: Path) -> Tensor:
