@@ -221,6 +221,12 @@ def sequences() -> list[Tensor]:
     return [normal(length, 4, seed=length) for length in (5, 3, 6, 2)]
 
 
+def compressed(matrix: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls CSR a beta
+        return matrix.to_sparse_csr()
+
+
 def strided(parts: list[Tensor]) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls nested tensors a prototype
@@ -320,6 +326,7 @@ def by_structure() -> dict[str, Uncut]:
         "targets as a grid of another order": Uncut(TokenModel, CE, {"x": TOKENS, "y": labels(7, 6, 5)}, lambda m, b: (m(b["x"]).transpose(0, 1).reshape(30, 7), b["y"].flatten())),
         "dense graph": Uncut(gnn, CE, {"x": X, "A": GRAPH, "y": Y}, ON_GRAPH),
         "sparse graph, COO": Uncut(gnn, CE, {"x": X, "A": GRAPH.to_sparse(), "y": Y}, ON_GRAPH),
+        "sparse graph, CSR": Uncut(gnn, CE, {"x": X, "A": compressed(GRAPH), "y": Y}, ON_GRAPH),
         "edges": Uncut(edge_gnn, CE, {"x": X, "e": EDGES, "y": Y}, lambda m, b: (m(b["x"], b["e"]), b["y"])),
         "edges, as pair": Uncut(lambda: By(lambda m, x: m.a(*x), a=edge_gnn()), CE, ((X, EDGES), Y)),
         "edges, training mask": Uncut(edge_gnn, CE, GraphBatch(X, EDGES, Y, torch.arange(9) % 2 == 0), lambda m, b: (m(b.nodes, b.edges)[b.train], b.classes[b.train])),
@@ -377,6 +384,8 @@ def by_criterion() -> dict[str, Uncut]:
         "CLIP": Uncut(clip, contrastive, {"x": X, "z": other}, PAIRS, fisher=(), curved=False),
         "CLIP, logits as output": Uncut(scores, CE, {"x": X, "z": other, "y": torch.arange(9)}, lambda m, b: (m(b["x"], b["z"]), b["y"])),
         "CLIP, labels made on the way": Uncut(scores, CE, {"x": X, "z": other}, lambda m, b: (m(b["x"], b["z"]), torch.arange(len(b["x"])))),
+        "triplet": Uncut(small_mlp, lambda out, _: F.triplet_margin_loss(out[:3], out[3:6], out[6:]), (X, Y), fisher=()),
+        "a list as output": Uncut(lambda: By(lambda m, x: [m.net(row) for row in x], net=small_mlp()), lambda out, t: F.cross_entropy(torch.stack(out), t) + out[0].sum(), (X, Y), fisher=(), curved=False),
         "ranking": Uncut(small_mlp, ranking, (X, normal(9, seed=3)), fisher=()),
         "variance across the batch": Uncut(small_mlp, lambda out, t: F.cross_entropy(out, t) + out.var(0).sum(), (X, Y), fisher=()),
         "quantile": Uncut(small_mlp, lambda out, t: torch.logsumexp(3 * F.cross_entropy(out, t, reduction="none"), 0), (X, Y), fisher=()),

@@ -133,5 +133,5 @@ def gathered(recipe: Recipe, parts: Sequence[Mapping[str, PerExample]]) -> dict[
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """Sum over all but the first axis, in float64."""
-    return tensor.reshape(len(tensor), -1).double().sum(dim=1)
+    """Sum over all but the first axis, in float64; a number is one row."""
+    return tensor.reshape(len(tensor) if tensor.ndim else 1, -1).double().sum(dim=1)

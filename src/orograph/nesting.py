@@ -83,7 +83,7 @@ def count_numbers(batch: Batch) -> int:
 def join_batches(first: Batch, second: Batch) -> Batch | None:
     """Two batches in one, the examples of the second behind those of the first; None where their shapes do not fit."""
     ours, theirs = tensors_in(first), tensors_in(second)
-    if len(ours) != len(theirs) or any(t.is_nested or t.ndim == 0 for t in (*ours, *theirs)) or any(x.shape[1:] != y.shape[1:] for x, y in zip(ours, theirs, strict=True)):
+    if len(ours) != len(theirs) or any(t.is_nested or t.layout is not torch.strided or t.ndim == 0 for t in (*ours, *theirs)) or any(x.shape[1:] != y.shape[1:] for x, y in zip(ours, theirs, strict=True)):
         return None
     queue = [torch.cat([x, y]) for x, y in zip(ours, theirs, strict=True)]
     return map_tensors(lambda _: queue.pop(0), first)

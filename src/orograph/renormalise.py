@@ -138,7 +138,8 @@ def _unit_statistics(objective: Objective, layers: dict[nn.Module, tuple[str, st
 
     def note(module: nn.Module, inputs: object, output: object) -> None:
         assert isinstance(output, Tensor)
-        units = output.detach().double().movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1)
+        values = output.detach().double().movedim(-1 - len(getattr(module, "kernel_size", ())), 0)  # counted from the end: an input may have no batch axis
+        units = values.reshape(len(values), -1)
         new = [units.sum(1), units.square().sum(1), units.new_tensor(units.shape[1])]
         name = layers[module][0]
         sums[name] = [old + one for old, one in zip(sums[name], new, strict=True)] if name in sums else new

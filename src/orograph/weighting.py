@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,12 +69,12 @@ def check_outputs(term: Term, previous: Seen | None) -> Seen:
     rows = tensors_in(target)[0].size(0) if tensors_in(target) else term.examples
     if term.recipe.count is None and rows >= 2:
         cut = max(1, rows // 3)
-        parts = [(take_rows(output, index), take_rows(target, index), float(len(index))) for index in (torch.arange(cut), torch.arange(cut, rows))]
+        parts = lambda: [(take_rows(output, index), take_rows(target, index), float(len(index))) for index in (torch.arange(cut), torch.arange(cut, rows))]  # noqa: E731
         _must_add_up(term.recipe, here, parts, "a batch's output and its two parts")
     if previous is not None:
         outputs, targets = join_batches(previous[0], output), join_batches(previous[1], target)
         if outputs is not None and targets is not None:
-            _must_add_up(term.recipe, (outputs, targets, previous[2] + units), [previous, here], "two batches and both in one")
+            _must_add_up(term.recipe, (outputs, targets, previous[2] + units), lambda: [previous, here], "two batches and both in one")
         elif term.recipe.count is None:
             raise ValueError(
                 f"criterion {term.recipe.criterion.name if term.recipe.criterion else ''} is not one of torch's own losses, and the batches have outputs of different "
@@ -82,9 +83,9 @@ def check_outputs(term: Term, previous: Seen | None) -> Seen:
     return here
 
 
-def _must_add_up(recipe: Recipe, whole: Seen, parts: list[Seen], what: str) -> None:
+def _must_add_up(recipe: Recipe, whole: Seen, parts: Callable[[], list[Seen]], what: str) -> None:
     try:
-        problem = mismatch(recipe, _loss(recipe, *whole), [_loss(recipe, *part) for part in parts], what)
+        problem = mismatch(recipe, _loss(recipe, *whole), [_loss(recipe, *part) for part in parts()], what)
     except Exception as error:  # the criterion is the user's: whatever it raises on a part says that it takes batches whole
         raise ValueError(
             f"criterion {recipe.criterion.name if recipe.criterion else ''} raises {type(error).__name__} on a part of a batch ({first_line(error)}), so that whether batches "
