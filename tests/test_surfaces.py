@@ -18,6 +18,7 @@ from orograph.chebyshev import Interpolant, interpolation_matrix, nodes
 from orograph.crowds import losses_of
 from orograph.evaluation import PerExample
 from orograph.grids import Scale, score
+from orograph.minima import minima_of
 from orograph.pictures import basin_rows, draw, quadratic_model, sampled_data
 from orograph.planes import plane_through, principal_plane, random_direction
 from orograph.profiles import difference_sem
@@ -476,7 +477,8 @@ class TestWhatIsSaid:
         def significant(error, own):
             spread = picture.sampled.scale().spread
             sampled = replace(picture.sampled, squares=[replace(square, errors=(own / spread, 0.0)) for square in picture.sampled.squares])
-            doubted = replace(picture, surface=replace(picture.surface, error=torch.full_like(picture.surface.z, error)), sampled=sampled)
+            data = torch.full_like(picture.surface.z, error)
+            doubted = replace(picture, minima=minima_of(sampled, picture.surface.z, data))
             return [row["significant"] for row in basin_rows(doubted)]
 
         assert significant(0.0, 0.0) == [True, True] and significant(depth, 0.0) == [True, False] and significant(0.0, depth) == [True, False]

@@ -120,10 +120,11 @@ def dense(case: Uncut, matrix: str) -> Tensor:
 def empirical_scores(case: Uncut, leaf: Tensor, target: Tensor) -> Tensor:
     """sqrt(weight / units) * gradient in the outputs of every unit's loss (units, outputs)."""
     each = as_criterion(case.criterion, nn.Module(), None, None).each(leaf, target)
-    if isinstance(case.criterion, nn.MSELoss):  # a unit is an example, whose loss is the mean over its row
-        each = each.reshape(len(each), -1).mean(1) if each.ndim else each.reshape(1)
     units = each.reshape(-1)
-    return torch.stack([torch.autograd.grad(one, leaf, retain_graph=True)[0].reshape(-1) for one in units]) / weight(case, units)
+    if isinstance(case.criterion, nn.MSELoss):  # the negative log-likelihood of an example is the sum over its row
+        each = each.reshape(len(each), -1).sum(1) if each.ndim else each.reshape(1)
+    scores = [torch.autograd.grad(one, leaf, retain_graph=True)[0].reshape(-1) for one in each.reshape(-1)]
+    return torch.stack(scores) / weight(case, units)
 
 
 def mc_scores(case: Uncut, leaf: Tensor, target: Tensor) -> Tensor:

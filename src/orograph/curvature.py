@@ -86,7 +86,9 @@ def fisher(
 
     kind="mc": one label per unit drawn from the model, so that F is an unbiased estimate of the GGN; labels depend on (seed,
     index of the example), not on the batching. kind="empirical": the data's own labels (another matrix: Kunstner et al. 2019,
-    arXiv:1905.12558); a unit is a position for class targets, an example for elementwise losses. Arguments as for `hessian`.
+    arXiv:1905.12558), where $\ell_i$ is the loss of a position for class targets, and for elementwise losses the sum over all entries
+    of an example; U counts what the loss is a mean over (entries, for MSE; 1 for reduction="sum"), so that both kinds have the scale
+    of the GGN: they agree with it in expectation where labels follow the model. Arguments as for `hessian`.
     """
     _needs_output(objective, "fisher", engine)
     if kind == "mc" and not objective.terms().batches.ordered:

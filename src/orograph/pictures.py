@@ -14,12 +14,12 @@ from .arguments import AtLeastTwo
 from .chebyshev import interpolation_matrix, nodes
 from .grids import FLAT, Place, Sampled, even
 from .linalg.operator import LinearOperator
+from .minima import Minimum, minima_of
 from .objective import Objective
 from .planes import Plane
 from .refinement import sample_square
 from .results import Curve, Point, Surface
 from .samples import Samples, SurfaceStatistics
-from .topology import basins_of
 from .variants import joined
 
 FAILS = 0.1  # of the picture's range, by which the quadratic model is off where it counts as failed
@@ -37,6 +37,7 @@ class Picture:
     slices: tuple[Curve, Curve]
     sampled: Sampled
     samples: Samples
+    minima: list[Minimum]
 
     @property
     def error(self) -> float:
@@ -67,8 +68,8 @@ def draw(samples: Samples, *, span: float, resolution: int, tol: float, most: in
     error = _errors(samples, sampled, marked, span)
     z = sampled.grid(lambda place: sampled.seen[place])
     along = _along(sampled, z)
-    minima = [(float(sampled.axis[i]), float(sampled.axis[j])) for i, j in (basin.minimum for basin in basins_of(z)[:MOST])]
-    losses(_affordable(sampled, minima))  # a polynomial may have minima that the loss has not
+    minima = minima_of(sampled, z, error)
+    losses(_affordable(sampled, [(float(sampled.axis[i]), float(sampled.axis[j])) for i, j in (minimum.place for minimum in minima[:MOST])]))  # a polynomial may have minima that the loss has not
     names = [f"{name}, in units of {_relative(samples, direction)}" for name, direction in (("s", samples.plane.u), ("t", samples.plane.v))]
     x = span * sampled.axis
     slices = [Curve(x=x, y=y, label=f"loss along the {order} axis", xlabel=name, ylabel="loss") for y, order, name in zip(along, ("first", "second"), names, strict=True)]
@@ -79,7 +80,7 @@ def draw(samples: Samples, *, span: float, resolution: int, tol: float, most: in
         x=x, y=x, z=z, error=error, evaluations=samples.evaluations, label="loss", note=", ".join(filter(None, notes)), xlabel=names[0], ylabel=names[1],
         logarithmic=sampled.scale().logarithmic is not None, status="converged" if sampled.converged else "budget-limited",
     )  # fmt: skip
-    return Picture(surface, (slices[0], slices[1]), sampled, samples)
+    return Picture(surface, (slices[0], slices[1]), sampled, samples, minima)
 
 
 def in_plane(samples: Samples, network: Point) -> bool:
@@ -175,18 +176,15 @@ def quadratic_model(op: LinearOperator, objective: Objective, plane: Plane, pict
 
 
 def basin_rows(picture: Picture) -> list[dict[str, Any]]:
-    """Minima of the picture, deepest first, with the loss evaluated there, and whether each is deeper than the errors of the data and of the picture explain."""
+    """The first minima of the picture, with the loss evaluated there, and whether each is more than all doubt explains."""
     surface, rows = picture.surface, []
-    finite = surface.z[surface.z.isfinite()]
-    for basin in basins_of(surface.z)[:MOST]:
-        i, j = basin.minimum
-        doubt, way = 0.0, {}
-        if basin.pass_ is not None:
-            way = {"pass_s": float(surface.x[basin.pass_[0]]), "pass_t": float(surface.y[basin.pass_[1]])}
-            doubt = (0.0 if surface.error is None else 1.96 * math.hypot(float(surface.error[i, j]), float(surface.error[basin.pass_])))
-        depth = basin.persistence if basin.pass_ is not None else float(finite.max()) - basin.value
-        row = {"s": float(surface.x[i]), "t": float(surface.y[j]), "loss": picture.loss_at(i, j), "depth": basin.persistence}
-        rows.append(row | {"significant": bool(depth > doubt + 2 * picture.error)} | way)
+    for minimum in picture.minima[:MOST]:
+        i, j = minimum.place
+        place = {"s": float(surface.x[i]), "t": float(surface.y[j]), "loss": picture.loss_at(i, j)}
+        row = place | {"depth": minimum.depth, "significant": minimum.significant, "on border": minimum.border}
+        if minimum.pass_ is not None:
+            row |= {"pass_s": float(surface.x[minimum.pass_[0]]), "pass_t": float(surface.y[minimum.pass_[1]])}
+        rows.append(row)
     return rows
 
 

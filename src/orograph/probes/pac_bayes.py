@@ -35,8 +35,12 @@ def _says(results: Results) -> str:
     if not isinstance(table, Table):
         return "No certificate: the record says what stands in the way."
     best = min((row for row in table.rows if row["bound"] == "kl-inverse"), key=lambda row: float(row["value"]))  # they hold together
-    test = [float(row["value"]) for row in table.rows if row["bound"] == OWN_TEST]
-    beside = f" For the network without noise, held-out data give {test[0]:.3g} at the same confidence." if test else " It says nothing of the network without noise."
+    test = [row for row in table.rows if row["bound"] == OWN_TEST]
+    beside = " It says nothing of the network without noise."
+    if test and test[0]["vacuous"]:
+        beside = f" Held-out data give no bound for the network without noise: {test[0]['n']} examples allow for guessing."
+    elif test:
+        beside = f" For the network without noise, held-out data give {float(test[0]['value']):.3g} at the same confidence."
     noise = f"sigma = {best['sigma']:.3g}" + (" times the rms of each layer of the prior" if best["posterior"] == "layerwise" else "")
     verdict = f"vacuous (guessing errs on {table.rows[-1]['value']:.3g})" if best["vacuous"] else "not vacuous"
     return (
@@ -94,8 +98,6 @@ def pac_bayes(
         distance = float((whole.theta.double() - start.theta.double()).norm())
         return {"distance": Estimate(value=distance, label="distance of the weights from the prior")}
     trivial, settings, held_out = _trivial(objective), _settings(whole, start, posterior), _held_out(subject)
-    if held_out is not None and (shared := _overlap(whole, held_out)):
-        subject.missing["independence of the held-out data"] = f"{shared} of {held_out.examples} are among the examples of training, so their bound is none"
     _note_conditions(subject, prior, start, n)
     rows: list[dict[str, Any]] = []
     with progress_bar(subject.progress, "PAC-Bayes", unit="forward") as report:
@@ -108,18 +110,27 @@ def pac_bayes(
         errors = _errors(held_out, whole.point())
         bound = _test_bound(errors, delta + delta_draws)
         rows.append(_row(OWN_TEST, "none", bound, float(errors.mean()), 0.0, 0.0, len(errors), delta + delta_draws, trivial))
-        results["test_bound"] = Estimate(value=bound, label=f"bound on the error from {len(errors)} held-out examples, delta = {delta + delta_draws:g}")
+        if rows[-1]["vacuous"]:
+            subject.missing["test_bound"] = f"{len(errors)} held-out examples allow for an error of {bound:.3g}, and guessing errs on {trivial:.3g}"
+        else:
+            results["test_bound"] = Estimate(value=bound, least=0.0, most=1.0, label=f"bound on the error from {len(errors)} held-out examples, delta = {delta + delta_draws:g}")
     rows.append(_row("trivial", "none", trivial, math.nan, 0.0, math.nan, n, 0.0, trivial))
     return {"certificates": Table(rows=rows, x="bound", y="value", label="bounds on the error")} | results
 
 
 def _held_out(subject: Subject) -> Objective | None:
-    """The held-out data, where there are some and their errors are known."""
-    reason = "no held_out= data were given" if subject.held_out is None else _not_example_by_example(subject.held_out)
-    if reason is None:
-        return subject.held_out
-    subject.missing["test_bound"] = reason
-    return None
+    """The held-out data, where they bound an error: there are some, their errors are known, and training has seen none of them."""
+    held_out = subject.held_out
+    reason = "no held_out= data were given" if held_out is None else _not_example_by_example(held_out)
+    if held_out is not None and reason is None:
+        if shared := _overlap(subject.objective, held_out):
+            reason = f"{shared} of {held_out.examples} held-out examples are among those of training, so they are not independent of the network"
+        elif not len(_errors(held_out, subject.objective.point())):
+            reason = "no held-out example has a target that counts"
+    if reason is not None:
+        subject.missing["test_bound"] = reason
+        return None
+    return held_out
 
 
 def _overlap(objective: Objective, held_out: Objective) -> int:

@@ -33,12 +33,13 @@ from ..subject import Subject
 Axes = Literal["random", "eigenvectors", "gradient"]
 RADIUS = "length of (s, t) at which the quadratic model fails"
 RISE = "rise of the quadratic model over the top eigenvector's axis"
+MINIMA = "significant minima inside the picture"
 AXES = {"eigenvectors": "the Hessian's top two eigenvectors", "gradient": "the gradient and the Hessian's top eigenvector"}
 
 
 def _says(results: Results) -> str:
-    s, table, points = results["surface"], results["faithful"], results["points"]
-    assert isinstance(s, Surface) and isinstance(table, Table) and isinstance(points, Table)
+    s, table, points, basins = results["surface"], results["faithful"], results["points"], results["basins"]
+    assert isinstance(s, Surface) and isinstance(table, Table) and isinstance(points, Table) and isinstance(basins, Table)
     rows = {row["quantity"]: row["value"] for row in table.rows}
     finite = s.z[s.z.isfinite()]
     if not len(finite):
@@ -49,6 +50,9 @@ def _says(results: Results) -> str:
     near = float(((s.x[:, None] ** 2 + s.y[None] ** 2).sqrt())[(s.z - lowest).abs() <= 0.02 * (finite.max() - lowest)].max())
     if near < 0.2 * float(s.x[-1]):
         model += f" The basin is small in it: span={2.5 * max(near, float(s.x[1] - s.x[0])):.1g} shows it."
+    if rows[MINIMA] > 1:
+        told = len(basins.rows)
+        model += f" It has {rows[MINIMA]} minima that are deeper than all doubt{f', of which the table has {told}' if told < rows[MINIMA] else ''}."
     error, left = rows["error of the picture, share of its range"], rows["points of the picture left out"]
     own = f"; {error:.1%} of that range is the picture's own error" if math.isfinite(error) else ""
     left_out = f" {left:,} of its {s.z.numel():,} points are left out." if left else ""
@@ -80,8 +84,8 @@ def surface(
     which has its own · `examples`: a random sample of the data, or "enough" for a standard error below `tol` of the range · `seed`, `seeds`: the first seed of random axes, and how many planes ·
     `store`: a file of samples, from which a killed job goes on and a finer one begins · `max_evaluations`: of the loss, for each plane; the points of the picture, `resolution` squared, are a limit too. Where a limit binds, the status is "budget-limited" and the error stated is that of what was not evaluated.
 
-    Results: `surface` · `first_axis`, `second_axis`: the loss along the axes · `quadratic`: the model from two products · `basins`: minima and the passes out of them, against the errors of
-    data and picture · `points`: for each network where it lies, its own loss and that of its shadow in the plane, how far it is from the plane, and whether the plane misleads there · `faithful`:
+    Results: `surface` · `first_axis`, `second_axis`: the loss along the axes · `quadratic`: the model from two products · `basins`: minima and the passes out of them; `significant`: against the errors of
+    data and picture and the gaps between its points, and not on its border · `points`: for each network where it lies, its own loss and that of its shadow in the plane, how far it is from the plane, and whether the plane misleads there · `faithful`:
     what to know before believing the picture · with several seeds `directions` (mean and standard error over all axes), `spread` (standard deviation between planes) and `seeds` (the picture itself is the first one's; `seed` chooses).
 
     Cost: about 100 evaluations for a smooth network, 300 for ReLU with BatchNorm, and never more than the picture has points. Everything counts as one: points, networks and their shadows, the
@@ -110,10 +114,14 @@ def surface(
     results |= models
     results["points"] = Table(rows=mark_rows(picture, marks), x="s", y="t", label=f"networks in the plane{own_statistics(statistics)}")
     basins = basin_rows(picture)
-    results["basins"] = Table(rows=basins, x="s", y="depth", label="minima in the plane")
+    significant = sum(minimum.significant for minimum in picture.minima)
+    left_out = significant - sum(bool(row["significant"]) for row in basins)
+    cut = f", the {len(basins)} deepest of {significant} that are significant" if left_out else ""
+    results["basins"] = Table(rows=basins, x="s", y="depth", label=f"minima in the plane{cut}")
     rows = _facts(subject, picture, chosen, basins, "the origin" if plane is not None else marks[0].label)
     rows += [{"quantity": RISE, "value": rise}] if rise is not None else []
     results["surface"] = replace(picture.surface, evaluations=picture.samples.evaluations)
+    rows.append({"quantity": MINIMA, "value": significant})
     results["faithful"] = Table(rows=rows + curvature, x="quantity", y="value", label="before believing the picture")
     return results
 

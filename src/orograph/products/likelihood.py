@@ -28,16 +28,18 @@ def outer_products(term: Term, scores: Tensor, weights: Tensor, *, axes: tuple[i
 
 
 def empirical_fisher(term: Term, output: Tensor) -> Callable[[Tensor], Tensor]:
-    """Scores at the data's own labels. A unit is a position for class targets, an example (row) for elementwise losses."""
+    """Scores at the data's own labels: of a position for class targets, of an example for elementwise losses.
+
+    The negative log-likelihood of an example is the sum of its entries' losses, and all are divided by the units of the loss, as
+    the GGN is: if the labels were drawn from the model, the two would agree in expectation.
+    """
     criterion, target = _known(term), term.target
     variable = output.requires_grad_()
     each = criterion.each(variable, target)
     (scores,) = torch.autograd.grad(each.sum(), variable)
     if criterion.family == "elementwise":
-        count = len(output) if output.ndim else 1
-        rows = output.numel() / count if criterion.reduction == "mean" else 1.0  # else an example's loss is the sum over its row
-        weights = torch.full(([count] + [1] * output.ndim)[: output.ndim], rows, dtype=output.dtype, device=output.device)
-        return outer_products(term, scores / rows, weights, axes=tuple(range(1, output.ndim)))
+        one = torch.ones((), dtype=output.dtype, device=output.device)
+        return outer_products(term, scores, one, axes=tuple(range(1, output.ndim)))
     axis = 1 if output.ndim > 1 else 0
     if not criterion.weighs_positions(target):
         return outer_products(term, scores, torch.ones((), dtype=output.dtype, device=output.device), axes=(axis,))
