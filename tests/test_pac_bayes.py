@@ -149,7 +149,7 @@ def test_held_out_data_with_another_loss_give_no_test_bound(objective):
 
 NO_BOUND = {
     "examples of training": (lambda o: some(200), "200 of 200 held-out examples are among those of training"),
-    "one of training": (lambda o: tuple(torch.cat(p) for p in zip(fresh(o, 50), some(1))), "1 of 51"),
+    "one of training": (lambda o: tuple(torch.cat(p) for p in zip(fresh(o, 50), some(1), strict=True)), "1 of 51"),
     "no target that counts": (lambda o: (fresh(o, 20)[0], torch.full((20,), -100)), "no held-out example has a target"),
     "too few": (lambda o: tuple(part[5:7] for part in fresh(o, 7)), "2 held-out examples allow for an error of"),
     "all wrong": (lambda o: (fresh(o, 99)[0], (fresh(o, 99)[1] + 1) % 3), "99 held-out examples allow for an error of"),
