@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
-from tests import test_compared_networks, test_edge_verdicts, test_fisher_scale, test_minima, test_pac_bayes
+from tests import test_compared_networks, test_edge_verdicts, test_fisher_scale, test_minima, test_pac_bayes, test_ranges
 
 from .tables import Row, holds
 
@@ -83,4 +83,10 @@ def bounds_and_fisher() -> list[Row]:
     ]
 
 
-SECTIONS: list[Callable[[], list[Row]]] = [stability_verdicts, compared_networks, minima, bounds_and_fisher]
+def ranges() -> list[Row]:
+    """Numbers, intervals and sentences of degenerate networks."""
+    checks: list[Callable[[], object]] = [partial(test_ranges.stays_within_its_range, *case) for case in test_ranges.CASES]
+    return [_row(f"{len(test_ranges.NETWORKS)} networks, degenerate ones among them, x {len(test_ranges.PROBES)} probes: within what is possible, no bare nan or round-off", checks)]
+
+
+SECTIONS: list[Callable[[], list[Row]]] = [stability_verdicts, compared_networks, minima, bounds_and_fisher, ranges]

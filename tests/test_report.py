@@ -111,7 +111,7 @@ def test_page_says_what_was_measured_and_what_it_cost(tmp_path):
 def test_numbers_that_are_not_finite_stay_visible(tmp_path):
     rows = [{"bound": "McAllester", "value": math.nan, "kl": math.inf, "vacuous": True}]
     page = page_of(Record(probe="pac_bayes", results={"bounds": Table(rows=rows), "norm": Estimate(value=math.nan)}), tmp_path)
-    assert page.count("nan</b>") == 3 and "inf</b>" in page and "<td>yes</td>" in page and "PAC-Bayes" in page
+    assert page.count("undefined</b>") == 3 and "inf</b>" in page and "<td>yes</td>" in page and "PAC-Bayes" in page
 
 
 def test_missing_extra_is_named(tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ DEFINITIONS: dict[str, Reference] = {  # name -> what the curve is measured agai
     "over the mean of the ends": lambda y, t: torch.full_like(t, float(y[0] + y[-1]) / 2),  # Frankle et al. 2020, arXiv:1912.05671
     "over the larger end": lambda y, t: torch.full_like(t, float(max(y[0], y[-1]))),
 }
+ROUND_OFF = 8.0  # units of the dtype by which a loss may be off: no barrier
 REFINEMENTS = 12  # evaluations for a maximum in its bracket
 
 
@@ -112,8 +113,11 @@ class Profile:
             peak = int(excess.argmax())
             share = {"over the chord": float(t[peak]), "over the mean of the ends": 0.5, "over the larger end": float(y[-1] > y[0])}[definition]
             half = half_width(examples[0], examples[-1], examples[peak], share)
-            value = float(excess[peak])
-            rows.append({"definition": definition, "metric": metric, "split": split, "value": value, "lower": value - half, "upper": value + half, "t": float(t[peak]), "statistics": self.policy})
+            round_off = ROUND_OFF * torch.finfo(self.objective.dtype).eps * float(y.abs().max())
+            value = float(excess[peak]) if not float(excess[peak]) <= round_off else 0.0  # the ends belong to the path
+            upper = min(value + half, 1.0) if metric == "error" else value + half
+            lower = math.nan if math.isnan(half) else max(value - half, 0.0)
+            rows.append({"definition": definition, "metric": metric, "split": split, "value": value, "lower": lower, "upper": upper, "sem": half / 1.96, "t": float(t[peak]), "statistics": self.policy})
         return rows
 
 

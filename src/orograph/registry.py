@@ -22,8 +22,9 @@ from .durable import fingerprint
 from .identity import function_identity, identity_of, metrics_identity, point_identity, short_hash
 from .objective import Objective
 from .progress import Progress
+from .ranges import range_of, within
 from .records import Record, Records
-from .results import Density, Eigenpairs, Estimate, Point, Result, Spectrum, Surface, worst_status
+from .results import Density, Eigenpairs, Estimate, Point, Result, Spectrum, Surface, Table, worst_status
 from .subject import Shared, Subject
 
 Results = Mapping[str, Result]
@@ -183,7 +184,7 @@ def _measure(
     if job in saved:
         return saved[job], False
     before, began = subject.shared.products, time.perf_counter()
-    results = one.function(subject, *networks, **settings)
+    results = {name: _possible(name, result) for name, result in one.function(subject, *networks, **settings).items()}
     spent = subject.shared.products - before
     statuses = [result.status for result in results.values() if isinstance(result, (Estimate, Eigenpairs, Density, Spectrum, Surface))]
     record = Record(
@@ -209,6 +210,22 @@ def _job(subject: Subject, one: Probe, networks: list[Point], settings: Mapping[
     points = [[point_identity(point), point.label] for point in networks]
     kept = sorted((name, value) for name, value in settings.items() if name != "store")
     return short_hash(one.name, function_identity(one.function), kept, sorted(tags.items()), subject.objective.label, sides, points, version("orograph"))
+
+
+def _possible(name: str, result: Result) -> Result:
+    """A result within what its quantities can be; intervals are then, too."""
+    if isinstance(result, Table):
+        return replace(result, rows=[_possible_row(row) for row in result.rows])
+    if not isinstance(result, Estimate) or isinstance(result.value, Tensor):
+        return result
+    low, high = range_of(name)
+    return replace(result, value=within(result.value, (name,)), least=max(result.least, low), most=min(result.most, high))
+
+
+def _possible_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table whose numbers are within what their columns, or its texts, say that they are."""
+    texts = tuple(value for value in row.values() if isinstance(value, str))
+    return {key: within(value, (*texts, key) if key == "value" else (key,)) if isinstance(value, float) else value for key, value in row.items()}
 
 
 def _label(networks: list[Point]) -> str:

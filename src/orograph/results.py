@@ -143,7 +143,8 @@ class Density:
         shares = (self.weights.double() * inside).sum(dim=1) + atoms
         count = len(shares)
         sem = float(shares.std() / math.sqrt(count)) if count > 1 else math.nan
-        return Estimate(value=float(shares.mean()), sem=sem, dof=max(count - 1, 1), label=f"share of eigenvalues in [{low:g}, {high:g})")
+        share = min(max(float(shares.mean()), 0.0), 1.0)
+        return Estimate(value=share, sem=sem, dof=max(count - 1, 1), least=0.0, most=1.0, label=f"share of eigenvalues in [{low:g}, {high:g})")
 
     def _atom_masses(self) -> Tensor:
         return torch.full((len(self.atoms),), 1.0 / self.size, dtype=torch.float64)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .ranges import within
 from .results import Curve, Density, Eigenpairs, Estimate, Point, Result, Spectrum, Status, Surface, Table
 
 MOST_ENTRIES = 100  # a longer tensor is read as its norm, smallest and largest entry
@@ -74,7 +75,8 @@ def _of_spectrum(spectrum: Spectrum) -> Iterator[Scalar]:
 def _of_curve(curve: Curve) -> Iterator[Scalar]:
     errors = [math.nan] * len(curve.y) if curve.error is None else curve.error.tolist()
     for x, y, error in zip(curve.x.tolist(), curve.y.tolist(), errors, strict=True):
-        yield Scalar(f"y[x={x:.6g}]", y, y - REACH * error, y + REACH * error, unit=curve.unit)
+        lower, upper = (within(y + side * REACH * error, (curve.ylabel,)) for side in (-1, 1))
+        yield Scalar(f"y[x={x:.6g}]", y, lower, upper, unit=curve.unit)
 
 
 def _of_surface(surface: Surface) -> Iterator[Scalar]:
@@ -116,7 +118,8 @@ def cell_interval(row: dict[str, Any], column: str) -> tuple[float, float]:
     error = row.get("error") if column == "value" else row.get(f"{column}_sem")
     if not is_number(error) or error is None:
         return math.nan, math.nan
-    return row[column] - REACH * error, row[column] + REACH * error
+    names = (column, *(value for value in row.values() if isinstance(value, str))) if column == "value" else (column,)
+    return within(row[column] - REACH * error, names), within(row[column] + REACH * error, names)
 
 
 def format_number(value: float, lower: float = math.nan, upper: float = math.nan) -> str:
@@ -140,6 +143,8 @@ def format_number(value: float, lower: float = math.nan, upper: float = math.nan
 def _plain(value: float, digits: int = 4) -> str:
     if isinstance(value, int) and abs(value) < 10**9:
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if math.isnan(value):
+        return "undefined"
     return f"{value:.{digits}g}"
 
 

@@ -44,7 +44,7 @@ def basins(subject: Subject, *points: Point, resolution: Grid = 11, align_to_fir
             profile = trace_path(subject.objective, Line(nets[i], nets[j]), statistics=statistics, resolution=resolution, report=report)
             chord = profile.barriers("loss", "train")[0]
             ends |= {names[i]: (profile, 0.0), names[j]: (profile, 1.0)}
-            rows.append({"a": names[i], "b": names[j], "barrier": max(chord["value"], 0.0), "barrier_sem": (chord["upper"] - chord["lower"]) / 3.92, "lower": chord["lower"], "upper": chord["upper"], "t": chord["t"], "length": Line(nets[i], nets[j]).length(), "statistics": policy})
+            rows.append({"a": names[i], "b": names[j], "barrier": max(chord["value"], 0.0), "barrier_sem": chord["sem"], "lower": chord["lower"], "upper": chord["upper"], "t": chord["t"], "length": Line(nets[i], nets[j]).length(), "statistics": policy})
     heights = {(i, j): row["barrier"] for (i, j), row in zip(combinations(range(len(nets)), 2), rows, strict=True)}
     tree, ways = spanning_tree(len(nets), heights)
     grid = [{"a": names[i], "b": names[j], "value": 0.0 if i == j else ways[min(i, j), max(i, j)]} for i in range(len(nets)) for j in range(len(nets))]

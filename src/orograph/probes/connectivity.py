@@ -160,7 +160,7 @@ def _row(stage: Stage, profile: Profile, seconds: float) -> dict[str, Any]:
     _, errors = profile.curve("error")
     known = not bool(errors.isnan().any())
     return {
-        "stage": stage.name, "barrier": chord["value"], "barrier_sem": (chord["upper"] - chord["lower"]) / 3.92, "lower": chord["lower"], "upper": chord["upper"], "t": chord["t"],
+        "stage": stage.name, "barrier": chord["value"], "barrier_sem": chord["sem"], "lower": chord["lower"], "upper": chord["upper"], "t": chord["t"],
         "error_barrier": profile.barriers("error", "train")[0]["value"] if known else float("nan"), "midpoint": profile.sums[0.5]["loss"], "maximum": float(losses.max()),
         "larger_end": float(max(losses[0], losses[-1])), "length": stage.path.length(), "statistics": profile.policy, "seconds": seconds, "forwards": profile.forwards, "gradients": stage.gradients,
     }  # fmt: skip
