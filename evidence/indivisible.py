@@ -62,6 +62,7 @@ def divisibility_rows() -> list[Row]:
     tiny = as_single(CASES["coupled rows: tiny centring"], torch.float64).indivisible
     return [
         ("one batch with coupled examples (a gate of zero, the last two rows) is not cut; float64, float32 and bfloat16", *_of(seen, 3 * len(names))),
+        ("the proof that one batch may be cut costs at most two forwards of it", *_of(_count(partial(test_indivisible.check_cost, name) for name in ("one batch", "coupled")), 2)),
         ("a coupling of 1e-8 in float64", tiny.split(", so that")[0] or "not seen", "seen", bool(tiny)),
         ("batches of sane models in float64, float32 and bfloat16 may be cut", *_of(sane, len(test_indivisible.SANE))),
     ]

@@ -92,7 +92,7 @@ def prove_weighting(snapshot: Snapshot, terms: Terms) -> str:
                     return cut.reason
                 if cut.coupled and not (recipe.criterion.known and cut_batch(snapshot, recipe, term.batch, axis=1).proven):
                     raise ValueError(cut.reason + HINT)
-                tried, reason = not cut.reason or before is not None or cut.coupled, cut.reason
+                tried, reason = not cut.reason or before is not None or cut.coupled, reason or cut.reason
             before = term.batch
             if not recipe.criterion.known or recipe.count is not None:
                 previous = check_outputs(term, previous)
