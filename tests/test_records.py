@@ -123,15 +123,15 @@ def _canonical(value):
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 3), (2, 3)])
 def test_tensors_of_every_type_and_shape_come_back_exactly(tmp_path, dtype, shape):
     tensor = (torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 5).to(dtype)
-    save_records(Record(probe="test", results={"x": Curve(x=tensor, y=tensor.clone())}), tmp_path)
-    assert same(load_records(tmp_path)[0]["x"].x, tensor)
+    save_records(Record(probe="test", results={"x": Estimate(value=tensor, sem=tensor.clone())}), tmp_path)
+    assert same(load_records(tmp_path)[0]["x"].value, tensor)
 
 
 def test_views_of_one_tensor_are_stored_apart(tmp_path):
     whole = torch.arange(6.0).reshape(2, 3)
-    save_records(Record(probe="test", results={"a": Curve(x=whole[0], y=whole[:, 1].requires_grad_()), "b": Curve(x=whole.T, y=whole)}), tmp_path)
+    save_records(Record(probe="test", results={"a": Curve(x=whole[0, :2], y=whole[:, 1].requires_grad_()), "b": Estimate(value=whole.T), "c": Estimate(value=whole)}), tmp_path)
     loaded = load_records(tmp_path)[0]
-    assert same(loaded["a"].y, torch.tensor([1.0, 4.0])) and same(loaded["b"].x, whole.T.contiguous())
+    assert same(loaded["a"].y, torch.tensor([1.0, 4.0])) and same(loaded["b"].value, whole.T.contiguous())
 
 
 def test_what_no_record_can_hold_is_named():

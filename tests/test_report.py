@@ -71,7 +71,7 @@ def test_report_is_a_pure_function_of_saved_records(tmp_path):
 
 
 def test_report_knows_no_model_code():
-    allowed = {"results", "records", "errors", "scalars", "durable"}
+    allowed = {"results", "records", "errors", "scalars", "durable", "arguments", "checks"}
     for path in (Path(sys.modules["orograph.report"].__file__).parent).glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level == 2:
@@ -146,7 +146,7 @@ def test_every_kind_is_shown_for_one_or_many_networks(name, count):
 def test_what_has_no_finite_value_is_said_not_drawn(kind):
     nothing, none = torch.full((3,), math.nan), torch.zeros(0)
     empty = replace(make_density(), nodes=torch.zeros(0, 0), weights=torch.zeros(0, 0), atoms=none)
-    pairs = replace(make_eigenpairs([1.0]), values=none, residuals=none, converged=none, intervals=torch.zeros(0, 2))
+    pairs = replace(make_eigenpairs([1.0]), values=none, vectors=None, residuals=none, converged=none > 0, intervals=torch.zeros(0, 2))
     result = {
         Estimate: Estimate(value=nothing), Density: empty, Curve: Curve(x=torch.arange(3.0), y=nothing), type(pairs): pairs,
         Surface: Surface(x=nothing, y=nothing, z=torch.full((3, 3), math.inf)), Spectrum: replace(make_spectrum(), top=pairs, bottom=pairs, density=empty),

@@ -15,6 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from typing import Any, TypeVar, cast
 
+import torch
+from torch import Tensor
+
 from .arguments import shown
 from .expected import Expected, expectation
 
@@ -84,6 +87,7 @@ def _wrapped(
         for key, value in given.arguments.items():
             if key in readers:
                 given.arguments[key] = _read(name, signature.parameters[key], readers[key], value)
+        _refuse_shapes(name, readers, given.arguments)
         return function(*given.args, **given.kwargs)
 
     return call
@@ -100,6 +104,25 @@ def _read(name: str, parameter: inspect.Parameter, expected: Expected, value: An
         sentences = [f"{expected.words}.", str(error), expected.cure or leave]
         words = " ".join(sentence for sentence in sentences if sentence)
         raise refusal(name, parameter.name, value, words, type(error)) from None
+
+
+def _refuse_shapes(
+    name: str, readers: Mapping[str, Expected], arguments: Mapping[str, Any]
+) -> None:
+    """ValueError for tensors whose axes are not those asked for, or do not fit each other."""
+    sizes: dict[str, tuple[int, str]] = {}
+    for key, value in arguments.items():
+        shape = readers[key].shape if key in readers else None
+        if shape is None or not isinstance(value, Tensor):
+            continue
+        if value.ndim != len(shape.axes) or (value.dtype is torch.bool) != shape.flags:
+            raise refusal(name, key, value, f"{shape.words}.")
+        for axis, size in zip(shape.axes, value.shape, strict=True):
+            length, other = sizes.setdefault(axis, (size, key))
+            if size != length:
+                raise refusal(
+                    name, key, value, f"{shape.words} with {axis} = {length}, as {other} has."
+                )
 
 
 def _readers(

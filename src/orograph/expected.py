@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 import numbers
 import os
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -19,9 +21,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .arguments import NotADirectory, Range, shown
+from .arguments import (
+    MOST_WHOLE,
+    NotADirectory,
+    NotAFile,
+    Range,
+    Shape,
+    read_device,
+    read_file,
+    read_folder,
+    read_path,
+    shown,
+)
 
-Read = Callable[[Any], Any]  # the value as it is used; raises TypeError or ValueError: what is wrong
+Read = Callable[
+    [Any], Any
+]  # the value as it is used; raises TypeError or ValueError: what is wrong
 CURES = {  # what to do, by the class that is asked for
     "LinearOperator": "hessian(objective) and LinearOperator.from_dense(A) make one.",
     "Objective": "Make one: Objective(model, criterion, data).",
@@ -41,16 +56,14 @@ class Expected:
     words: str
     read: Read
     cure: str = ""
+    shape: Shape | None = None  # of a tensor
 
 
 def expectation(hint: Any, measured: bool) -> Expected:
     """What a type asks for. `measured`: floats may be NaN or infinite, and sequences empty."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        limits = [note for note in arguments[1:] if isinstance(note, Range)]
-        if NotADirectory in arguments[1:]:
-            return Expected("a path of a file", _file)
-        return _numeric(arguments[0], limits[0]) if limits else expectation(arguments[0], measured)
+        return _noted(arguments[0], arguments[1], measured)
     if hint in (int, float):
         return _numeric(hint, Range(finite=not measured), nan=measured)
     if origin is Literal:
@@ -73,8 +86,22 @@ def expectation(hint: Any, measured: bool) -> Expected:
     return _instance(hint)
 
 
+def _noted(hint: Any, note: Any, measured: bool) -> Expected:
+    """What a type asks for with what its note adds."""
+    if note is NotADirectory:
+        return Expected("a path of a file", read_file)
+    if note is NotAFile:
+        return Expected("a path of a folder", read_folder)
+    if isinstance(note, Shape):
+        return Expected(note.words, _tensor, shape=note)
+    if isinstance(note, Range):
+        return _numeric(hint, replace(note, finite=note.finite and not measured), nan=measured)
+    return expectation(hint, measured)
+
+
 def _numeric(kind: type, limits: Range, *, nan: bool = False) -> Expected:
     """A whole or a real number within limits."""
+    most = MOST_WHOLE if kind is int else sys.float_info.max
 
     def read(value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(
@@ -82,6 +109,8 @@ def _numeric(kind: type, limits: Range, *, nan: bool = False) -> Expected:
         ):
             raise TypeError
         number: float = int(value) if isinstance(value, numbers.Integral) else float(value)
+        if abs(number) > most and abs(number) != math.inf:
+            raise ValueError("It is too large.")
         if number not in limits and not (nan and number != number):
             raise ValueError
         return number
@@ -114,12 +143,12 @@ def _union(hints: Sequence[Any], measured: bool) -> Expected:
             if hint is str or hint is Path or hint is os.PathLike or get_origin(hint) is os.PathLike
         ]
         options = [
-            Expected("a path", _path),
+            Expected("a path", read_path),
             *(expectation(hint, measured) for hint in hints if hint not in paths),
         ]
     elif torch.device in hints:
         options = [
-            Expected("a device that this machine has", _device),
+            Expected("a device that this machine has", read_device),
             *(expectation(hint, measured) for hint in hints if hint not in (torch.device, str)),
         ]
     else:
@@ -136,7 +165,12 @@ def _union(hints: Sequence[Any], measured: bool) -> Expected:
                 continue
         raise max(wrong, key=lambda error: len(str(error))) if wrong else TypeError
 
-    return Expected(_joined([option.words for option in options]), read, next((option.cure for option in options if option.cure), ""))
+    return Expected(
+        _joined([option.words for option in options]),
+        read,
+        next((option.cure for option in options if option.cure), ""),
+        next((option.shape for option in options if option.shape), None),
+    )
 
 
 def _mapping(arguments: Sequence[Any], measured: bool) -> Expected:
@@ -177,11 +211,13 @@ def _sequence(origin: type, arguments: Sequence[Any], measured: bool) -> Expecte
     wanted = Sequence if issubclass(origin, Sequence) else origin
 
     def read(value: Any) -> Any:
-        if isinstance(value, str | bytes | Mapping) or not isinstance(value, wanted):
+        if isinstance(value, str | bytes | Mapping | Tensor | np.ndarray) or not isinstance(
+            value, wanted
+        ):
             raise TypeError
         if not isinstance(value, Sequence):
             return value
-        if not value and not measured:
+        if not value and not measured and wanted is Sequence:
             raise ValueError("It is empty.")
         items = [_item(one, item, f"Entry {index}") for index, item in enumerate(value)]
         return value if all(new is old for new, old in zip(items, value, strict=True)) else items
@@ -245,36 +281,8 @@ def _tensor(value: Any) -> Any:
         raise TypeError
     if value.is_meta:
         raise ValueError("It is on the meta device, where tensors have no values.")
-    return value
-
-
-def _device(value: Any) -> Any:
-    if not isinstance(value, torch.device | str):
-        raise TypeError
-    try:
-        place = torch.empty(0, device=value)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"{str(error).splitlines()[0].split('. ')[0]}.") from None
-    if place.is_meta:
-        raise ValueError("Tensors on the meta device have no values.")
-    return value
-
-
-def _path(value: Any) -> Any:
-    if not isinstance(value, str | os.PathLike):
-        raise TypeError
-    text = os.fspath(value)
-    if not text or "\0" in str(text):
-        raise ValueError("It names no file.")
-    return value
-
-
-def _file(value: Any) -> Any:
-    path = Path(_path(value)).absolute()
-    if path.is_dir():
-        raise ValueError("It is a folder.")
-    if not (there := next(parent for parent in path.parents if parent.exists())).is_dir():
-        raise ValueError(f"{str(there)!r} is no folder.")
+    if value.layout != torch.strided or value.is_complex() or value.is_quantized:
+        raise ValueError("It is sparse, complex or quantised: pass a dense one of real numbers.")
     return value
 
 

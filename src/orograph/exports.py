@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arguments import File
 from .checks import checked
 from .paper import PAPER_FORMATS, View, draw_paper
 from .results import Status, Surface, Table
@@ -22,7 +23,7 @@ MISSING = -1.0  # what the older files hold where a loss was not evaluated
 
 
 @checked
-def save_surface(surface: Surface, path: str | Path, *, marks: Table | None = None, view: View = "contours") -> Path:
+def save_surface(surface: Surface, path: File, *, marks: Table | None = None, view: View = "contours") -> Path:
     """Write a surface to `path`: .npz (everything), .csv (a line for each point), .vtk (a structured grid whose height is z, for ParaView), or a figure: .png, .svg, .pdf.
 
     z[i, j] is at (x[i], y[j]) in all of them. What is not finite stays so; in .vtk its height is 0, in a figure it is a hole. A .csv has x, y, z and error, and a .vtk x, y, z and the label:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from .arguments import AtLeastOne, AtLeastTwo, Seed
 from .batches import is_pair
-from .checks import checked
+from .checks import checked, refusal
 from .copies import isolated
 from .criteria import as_criterion
 from .errors import NotDeterministic
@@ -195,8 +195,6 @@ class Objective:
     def __repr__(self) -> str:
         return f"<Objective {self.label}: {self.size} parameters, {self.examples} examples, {self.units:g} units, {self.dtype}, {self.device}, mode={self.mode!r}>"
 
-    # -- evaluation ----------------------------------------------------------------------------------------------------------
-
     def applied(self) -> restoring:
         """The model holds this snapshot's tensors, in the right mode; for forward *and* backward. Everything goes back at the end."""
         return self._snapshot.applied()
@@ -298,6 +296,8 @@ class Objective:
 
     def picked(self, rows: Tensor) -> Objective:
         """The same loss on the examples with these indices, in the batches that they came in."""
+        if rows.ndim != 1 or not len(rows) or rows.dtype not in (torch.int64, torch.int32) or not 0 <= int(rows.min()) <= int(rows.max()) < self.examples:
+            raise refusal("picked", "rows", rows, f"whole numbers from 0 to {self.examples - 1}, one for each example that is chosen.")
         if not self.divisible:
             raise ValueError(f"choosing examples would cut batches that must stay whole: {self.indivisible}. Choose batches yourself: objective.on(batches).")
         if not self._terms.batches.ordered:

@@ -12,7 +12,7 @@ import torch
 from scipy.integrate import quad
 from torch import Tensor
 
-from .checks import checked
+from .checks import checked, refusal
 from .results import Point
 
 Place = Point | Tensor
@@ -26,6 +26,9 @@ class Line:
 
     a: Place
     b: Place
+
+    def __post_init__(self) -> None:
+        refuse_places("Line", a=self.a, b=self.b)
 
     @property
     def points(self) -> tuple[Place, ...]:
@@ -51,6 +54,9 @@ class Bezier:
     r"""Bezier curve $\theta(t) = \sum_j \binom nj t^j (1-t)^{n-j} P_j$ through the first and the last of n + 1 Points or flat tensors."""
 
     points: Sequence[Place]
+
+    def __post_init__(self) -> None:
+        refuse_points("Bezier", self.points)
 
     def weights(self, t: float) -> Tensor:
         """What each control point contributes at t."""
@@ -79,6 +85,9 @@ class PolyChain:
 
     points: Sequence[Place]
 
+    def __post_init__(self) -> None:
+        refuse_points("PolyChain", self.points)
+
     def weights(self, t: float) -> Tensor:
         """What each control point contributes at t."""
         place = torch.arange(len(self.points), dtype=torch.float64)
@@ -96,14 +105,29 @@ class PolyChain:
 Path = Line | Bezier | PolyChain
 
 
+def refuse_places(call: str, **places: Place) -> None:
+    """TypeError or ValueError for places that are not of one kind and one size, each a flat tensor of finite numbers."""
+    kinds = {type(place) if isinstance(place, Point) else Tensor for place in places.values()}
+    if len(kinds) > 1:
+        raise TypeError(f"{call}({', '.join(places)}) needs Points or flat tensors, all of one kind, got both.")
+    first = theta_of(next(iter(places.values())))
+    for name, place in places.items():
+        theta = theta_of(place)
+        if theta.ndim != 1 or not len(theta) or not theta.is_floating_point() or theta.shape != first.shape:
+            raise refusal(call, name, theta, f"a flat tensor of floating-point numbers, all of one size: shape ({first.numel()},).")
+        if not bool(torch.isfinite(theta).all()):
+            raise refusal(call, name, theta, "finite numbers, and it holds NaN or inf.")
+
+
+def refuse_points(call: str, points: Sequence[Place]) -> None:
+    """As `refuse_places`, for control points, of which a path has two or more."""
+    if len(points) < 2:
+        raise refusal(call, "points", points, "at least 2 control points: a path has two ends.")
+    refuse_places(call, **{f"points[{index}]": point for index, point in enumerate(points)})
+
+
 def mixture(points: Sequence[Place], weights: Tensor, label: str) -> Place:
     """Weighted sum of Points, floating-point buffers included (others from the heaviest), or of flat tensors."""
-    if len(points) < 2:
-        raise ValueError(f"a path needs at least 2 control points, got {len(points)}.")
-    kinds = {type(point) for point in points}
-    if len(points) != len(weights) or not (kinds == {Point} or all(isinstance(point, Tensor) for point in points)):
-        names = " and ".join(sorted(kind.__name__ for kind in kinds))
-        raise TypeError(f"a path needs Points or flat tensors, all of one kind, got {names}.")
     shares = [(point, float(w)) for point, w in zip(points, weights, strict=True) if float(w) != 0]
     if len(shares) == 1:  # an end: exactly that network
         return shares[0][0]

@@ -13,7 +13,7 @@ from torch import Tensor
 from .checks import checked
 from .crowds import losses_of
 from .objective import Objective
-from .paths import Place, theta_of
+from .paths import Place, refuse_places, theta_of
 from .results import Point
 
 MARGIN = 1.4  # half-width of a picture over that of its networks: minima around them are in it
@@ -30,6 +30,9 @@ class Plane:
     u: Tensor
     v: Tensor
 
+    def __post_init__(self) -> None:
+        refuse_places("Plane", origin=theta_of(self.origin), u=self.u, v=self.v)
+
     def __call__(self, s: float, t: float) -> Place:
         """The place at (s, t)."""
         step = s * self.u + t * self.v
@@ -39,6 +42,7 @@ class Plane:
 
     def coordinates(self, place: Place) -> tuple[float, float, float]:
         """(s, t, distance from the plane) of a place: the nearest point of the plane, also where u and v are not orthogonal."""
+        refuse_places("coordinates", origin=theta_of(self.origin), place=theta_of(place))
         step = (theta_of(place) - theta_of(self.origin)).double()
         basis = torch.stack([self.u, self.v], dim=1).double()
         found = torch.linalg.lstsq(basis, step[:, None]).solution[:, 0]

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .checks import refusal
 from .errors import OrographWarning
 from .layout import Layout
 from .restoring import restoring, under
@@ -60,6 +61,8 @@ def read_point(source: Any, own: Point, slots: Slots, layout: Layout, label: str
     if isinstance(source, Tensor):
         if source.shape != own.theta.shape:
             raise ValueError(f"a flat tensor for this objective has shape ({layout.size},), got {tuple(source.shape)}.")
+        if source.is_meta or source.layout != torch.strided:
+            raise refusal("point", "source", source, "a dense tensor of real numbers that has values.")
         if not source.is_floating_point():
             raise ValueError(f"a flat tensor for this objective needs floating-point entries, got {_short(source.dtype)}. Use tensor.to({own.theta.dtype}).")
         return _checked(replace(own, theta=source.detach().to(own.theta, copy=True), label=label or own.label), own, layout)
@@ -84,8 +87,8 @@ def copied(point: Point, like: Point) -> Point:
 def load_weights(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file: safetensors, or what `torch.load(weights_only=True)` accepts. Nothing else is executed."""
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no weights file {path}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no weights file {path}. Give one that torch.save(model.state_dict(), path) or safetensors wrote.")
     if path.suffix == ".safetensors":
         return dict(load_file(path))
     try:
@@ -198,5 +201,5 @@ def _checked(point: Point, own: Point, layout: Layout) -> Point:
         raise ValueError(f"the point belongs to another network: it has {point.theta.numel()} entries, this objective {own.theta.numel()}.")
     if not bool(torch.isfinite(point.theta).all()):
         broken = [name for name, part in zip(layout.names, layout.split(point.theta), strict=True) if not bool(torch.isfinite(part).all())]
-        raise ValueError(f"the weights hold NaN or inf, first in {broken[0]!r}. Nothing can be measured there.")
+        raise ValueError(f"the weights hold NaN or inf, first in {broken[0]!r}. Nothing can be measured there: use weights from before they diverged.")
     return point

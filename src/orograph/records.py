@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 
-from .checks import checked
+from .arguments import Folder
+from .checks import checked, refusal
 from .durable import append_line, read_lines, read_tensors, remove_leftovers, sealed_line, write_tensors
 from .encoding import Json, decode, encode
 from .errors import OrographWarning, RecordError
@@ -99,7 +100,13 @@ class Records:
     @overload
     def __getitem__(self, index: slice) -> Records: ...
     def __getitem__(self, index: int | slice) -> Record | Records:
-        return Records(self.items[index]) if isinstance(index, slice) else self.items[index]
+        if isinstance(index, slice):
+            return Records(self.items[index])
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise refusal("Records", "index", index, "a whole number or a slice.", TypeError)
+        if not -len(self.items) <= index < len(self.items):
+            raise IndexError(f"Records(index={index}) holds {len(self.items)} records: give a number from 0 to {len(self.items) - 1}.")
+        return self.items[index]
 
     def __str__(self) -> str:
         return "\n\n".join(str(record) for record in self.items)
@@ -124,7 +131,7 @@ class Records:
 
 
 @checked
-def save_records(records: Record | Iterable[Record], folder: str | os.PathLike[str], *, vectors: bool = False) -> None:
+def save_records(records: Record | Iterable[Record], folder: Folder, *, vectors: bool = False) -> None:
     """Append `records` to `folder`, which is made if need be. `vectors`: eigenvectors too (n numbers for each pair).
 
     OSError where there is no room or no permission: the records before are saved.

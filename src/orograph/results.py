@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from scipy import stats
 from torch import Tensor
 
-from .arguments import AnyNumber, Positive, Share
-from .checks import checked
+from .arguments import AnyNumber, AtLeastOne, NotNegative, Positive, Shape, Share, Vector, Whole, shown
+from .checks import checked, refusal
 
 Status = Literal["converged", "noise-limited", "budget-limited"]
 WIDE = 30.0  # the factor between the extremes of positive values from which a picture needs a logarithmic scale
@@ -51,15 +51,19 @@ class Estimate:
     """
 
     value: float | Tensor
-    sem: float | Tensor = 0.0
-    dof: float = math.inf
+    sem: NotNegative | Tensor = 0.0
+    dof: Positive = math.inf
     skew: float = 0.0
-    products: int = 0
+    products: Whole = 0
     status: Status = "converged"
     label: str = ""
     unit: str = ""
     least: float = -math.inf
     most: float = math.inf
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sem, Tensor) and (not isinstance(self.value, Tensor) or self.sem.shape != self.value.shape):
+            raise refusal("Estimate", "sem", self.sem, f"the shape of value, {shown(self.value)}.")
 
     def interval(self, level: Share = 0.95) -> tuple[float | Tensor, float | Tensor]:
         r"""Lower and upper end of the two-sided interval that contains the true value with probability `level`.
@@ -86,13 +90,13 @@ class Eigenpairs:
     bound on the chance that an eigenvalue farther out than those reported went unseen · `products` · `status` of the worst pair.
     """
 
-    values: Tensor
-    vectors: Tensor | None
-    residuals: Tensor
-    converged: Tensor
-    intervals: Tensor
-    missed: float
-    products: int
+    values: Annotated[Tensor, Shape("k")]
+    vectors: Annotated[Tensor, Shape("n", "k")] | None
+    residuals: Annotated[Tensor, Shape("k")]
+    converged: Annotated[Tensor, Shape("k", flags=True)]
+    intervals: Annotated[Tensor, Shape("k", "2")]
+    missed: NotNegative
+    products: Whole
     status: Status
     label: str = "eigenvalue"
     unit: str = ""
@@ -108,12 +112,12 @@ class Density:
     residual, each of weight 1/n · `size`: n · `width`: standard deviation of the Gaussian by which `pdf` draws the rest.
     """
 
-    nodes: Tensor
-    weights: Tensor
-    atoms: Tensor
-    size: int
-    width: float
-    products: int = 0
+    nodes: Annotated[Tensor, Shape("s", "m")]
+    weights: Annotated[Tensor, Shape("s", "m")]
+    atoms: Annotated[Tensor, Shape("a")]
+    size: AtLeastOne
+    width: NotNegative
+    products: Whole = 0
     status: Status = "converged"
     label: str = "spectral density"
     unit: str = ""
@@ -165,7 +169,7 @@ class Spectrum:
     density: Density
     negative_mass: Estimate
     condition: Mapping[str, float]
-    products: int
+    products: Whole
     status: Status
     label: str = "spectrum"
     unit: str = ""
@@ -183,9 +187,9 @@ class Spectrum:
 class Curve:
     """A quantity along one axis: `x`, `y` (m,), and `error` (m,), the standard error of each `y`, or None."""
 
-    x: Tensor
-    y: Tensor
-    error: Tensor | None = None
+    x: Vector
+    y: Vector
+    error: Vector | None = None
     label: str = ""
     unit: str = ""
     xlabel: str = ""
@@ -208,11 +212,11 @@ def lowest_shown(values: Tensor, *, always: bool = False) -> float | None:
 class Surface:
     """A quantity over a plane: `z[i, j]` at (x[i], y[j]); `error`: the standard error of each `z`'s difference to the one at a place of reference (a probe says which), or None; `evaluations` of the loss spent; `note`: what to know of the picture; `logarithmic`: its scale, None: where positive values span a factor of 30 · `status`: whether its own error is what was asked for."""
 
-    x: Tensor
-    y: Tensor
-    z: Tensor
-    error: Tensor | None = None
-    evaluations: int = 0
+    x: Annotated[Tensor, Shape("m")]
+    y: Annotated[Tensor, Shape("k")]
+    z: Annotated[Tensor, Shape("m", "k")]
+    error: Annotated[Tensor, Shape("m", "k")] | None = None
+    evaluations: Whole = 0
     label: str = ""
     unit: str = ""
     xlabel: str = ""
@@ -266,7 +270,7 @@ class Point:
     parameters and another's running statistics, accuracy is lost.
     """
 
-    theta: Tensor
+    theta: Annotated[Tensor, Shape("n")]
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     frozen: Mapping[str, Tensor] = field(default_factory=dict)
     label: str = ""

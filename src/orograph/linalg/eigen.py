@@ -110,6 +110,6 @@ def _checked(op: LinearOperator, goal: Goal, max_products: int | None, start: Te
         raise ValueError(f"eigenpairs(k={goal.k}) needs {'2 k' if goal.which == 'both' else 'k'} <= op.size = {op.size}. Ask for fewer pairs, or use op.dense() for all of them.")
     if max_products is not None and max_products < 2 * goal.count + 1:
         raise ValueError(f"eigenpairs(max_products={max_products}) cannot give {goal.count} pair(s): it takes at least {2 * goal.count + 1}.")
-    if start is not None and (start.shape[:1] != (op.size,) or start.ndim > 2 or not bool(torch.isfinite(start).all()) or not bool(start.any())):
+    if start is not None and (start.shape[:1] != (op.size,) or start.ndim > 2 or not start.is_floating_point() or not bool(torch.isfinite(start).all()) or not bool(start.any())):
         raise refusal("eigenpairs", "start", start, f"a finite, non-zero tensor of shape ({op.size},) or ({op.size}, j).")
     return goal

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import AtLeastOne, NotNegative
-from ..checks import checked
+from ..checks import checked, refusal
 from ..errors import OrographError, OutOfBudget
 from ..memory import memory_budget, size_text
 from ..restoring import restoring
@@ -146,16 +146,18 @@ class LinearOperator:
     def from_dense(cls, A: Tensor) -> LinearOperator:
         """The operator of a dense symmetric matrix (n, n)."""
         if A.ndim != 2 or A.shape[0] != A.shape[1]:
-            raise ValueError(f"from_dense needs a square matrix, got shape {tuple(A.shape)}.")
+            raise refusal("from_dense", "A", A, "a square matrix (n, n).")
+        if not A.is_floating_point():
+            raise refusal("from_dense", "A", A, "floating-point numbers. Use A.double().", TypeError)
         gap = float((A - A.T).abs().max()) if A.numel() else 0.0
         if not gap <= 1e3 * torch.finfo(A.dtype).eps * float(A.abs().max()):
             raise ValueError(f"from_dense needs a symmetric, finite matrix: max |A - A'| is {gap:.3g}. Pass (A + A.T) / 2 if you mean its symmetric part.")
         return cls(lambda V: A @ V, len(A), A.dtype, A.device, about={"curvature": "dense"}, check=False)
 
     def __matmul__(self, V: Tensor) -> Tensor:
-        if not isinstance(V, Tensor) or V.ndim not in (1, 2) or V.shape[0] != self.size:
+        if not isinstance(V, Tensor) or V.layout != torch.strided or V.ndim not in (1, 2) or V.shape[0] != self.size:
             shape = tuple(V.shape) if isinstance(V, Tensor) else type(V).__name__
-            raise ValueError(f"op @ V needs a tensor of shape ({self.size},) or ({self.size}, k), got {shape}.")
+            raise ValueError(f"op @ V needs a dense tensor of shape ({self.size},) or ({self.size}, k), got {shape}.")
         if V.dtype != self.dtype or V.device.type != self.device.type:
             raise TypeError(f"op @ V needs {self.dtype} on {self.device}, got {V.dtype} on {V.device}. Use V.to(op.device, op.dtype).")
         columns = V.detach().reshape(self.size, -1)

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 
+from ..arguments import File
 from ..checks import checked
 from ..durable import remove_leftovers, write_atomically
 from ..records import Record, Records, load_records
 
 
 @checked
-def write_report(records_or_folder: Records | Record | Iterable[Record] | str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
+def write_report(records_or_folder: Records | Record | Iterable[Record] | str | os.PathLike[str], path: File) -> Path:
     """Write one self-contained HTML file about saved records and return its path.
 
     A pure function of the records: no model, no data, no network. The same records give the same bytes.
