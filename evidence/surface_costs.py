@@ -95,7 +95,7 @@ def _costs(seed: int) -> list[tuple[str, int, bool, bool, bool]]:
             counted, surface = len(Counting.passes) - before, record["surface"]
             assert isinstance(surface, Surface)
             facts: dict[str, Any] = {row["quantity"]: row["value"] for row in record["faithful"].rows}  # type: ignore[union-attr]  # a table
-            statistics = chosen_policy("surface", "auto", objective, len(points) if three else 0)
+            statistics = chosen_policy("auto", objective, len(points) if three else 0)
             held = _holds(Samples(objective, _plane(objective, points, axes), statistics), surface, facts)
             right = counted == facts["forward passes of the data for them"] and surface.evaluations == facts["evaluations of the loss"]
             found.append((f"{name}, {axes}", surface.evaluations, right, surface.status == "converged", held))
