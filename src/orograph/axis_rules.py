@@ -20,9 +20,9 @@ ROWS = "rows of an embedding, which the data choose by number"
 INHERENT = {INPUT, OUTPUT, POSITIONS, ROWS}  # what no network can permute
 ORDERED = "an operation for which the order of entries counts runs along this axis"
 PICKED = "an operation picks entries by their position"
-POINTWISE = {"masked_fill", "where", "gelu", "softplus", "_prelu_kernel", "copy", "copy_", "lerp", "addcmul"}
+POINTWISE = {"masked_fill", "where", "gelu", "softplus", "_prelu_kernel", "hardswish", "hardswish_", "log_sigmoid_forward", "rsub", "floor_divide", "copy", "copy_", "lerp", "addcmul"}
 SAME_AXES = {
-    "clone", "_to_copy", "detach", "alias", "lift_fresh", "contiguous", "_softmax", "_log_softmax", "_safe_softmax", "dropout", "native_dropout", "zeros_like", "ones_like", "fill",
+    "clone", "_to_copy", "detach", "alias", "lift_fresh", "contiguous", "_softmax", "_log_softmax", "_safe_softmax", "dropout", "native_dropout", "zeros_like", "ones_like", "full_like", "fill", "zero_",
     "bernoulli", "rand_like", "empty_like",
 }  # fmt: skip
 

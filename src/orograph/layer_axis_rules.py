@@ -47,11 +47,12 @@ def _layer_norm(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> 
 
 def _group_norm(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
     x, groups, channels = axes_of(args[0]), int(args[6]), int(args[4])
-    unify(x[1], product([Axis(groups), Axis(channels // groups)]))
+    group = Axis(groups)
+    unify(x[1], product([group, Axis(channels // groups)]))
     for affine in args[1:3]:
         if affine is not None:
             unify(axes_of(affine)[0], x[1])
-    return [fitting(x, tensor) for tensor in made]
+    return [x, *([x[0], group] for _ in made[1:])]
 
 
 def _batch_norm(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
@@ -118,6 +119,10 @@ def _trilinear(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> l
 def _embedding_bag(axes_of: AxesOf, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes]:
     table = axes_of(args[0])
     freeze(table[0], ROWS)
+    for tensor in args[1:]:
+        if isinstance(tensor, Tensor):
+            for axis in axes_of(tensor):
+                freeze(axis, POSITIONS)
     rest: list[Axes] = [[Axis(n, frozen=True, reason=POSITIONS) for n in tensor.shape] for tensor in made[1:]]
     return [[Axis(made[0].shape[0], frozen=True, reason=POSITIONS), table[1]], *rest]
 

@@ -51,6 +51,7 @@ class Tracer(TorchDispatchMode):
     def __init__(self, named: Mapping[str, Tensor] | None = None, axes: Mapping[str, Axes] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.known: Any = WeakTensorKeyDictionary()  # tensor -> axes
+        self.pending: Any = WeakTensorKeyDictionary()  # stacked tensors that nothing has used yet -> what was stacked
         self.fed: Any = WeakTensorKeyDictionary()  # tensors that depend on the data
         self.names: Any = WeakTensorKeyDictionary()
         self.trace = Trace()
@@ -70,6 +71,8 @@ class Tracer(TorchDispatchMode):
 
     def axes(self, tensor: Tensor) -> Axes:
         """Axes of a tensor. Those of a constant are new at every use: it ties nothing to anything else that uses it."""
+        if (stacked := self.pending.pop(tensor, None)) is not None:
+            self.known[tensor] = (RULES["stack"](self.axes, stacked, {}, [tensor]) or [])[0]
         found: Axes | None = self.known.get(tensor)
         return [_constant(tensor, dim) for dim in range(tensor.ndim)] if found is None else found
 
@@ -109,7 +112,9 @@ class Tracer(TorchDispatchMode):
     def _note(self, module: str, tensors: Any) -> None:
         """The module's own code has these tensors at hand."""
         for tensor in tree_leaves(tensors):
-            if isinstance(tensor, Tensor) and tensor in self.fed:
+            if isinstance(tensor, Tensor) and tensor in self.pending:
+                self._note(module, self.pending[tensor][0])
+            elif isinstance(tensor, Tensor) and tensor in self.fed:
                 self.trace.visible.setdefault(module, []).append(self.axes(tensor))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -119,12 +124,16 @@ class Tracer(TorchDispatchMode):
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         self.trace.reached |= {self.names[t] for t in given if t in self.names}
-        if not made or not any(t in self.known for t in given):
+        if not made or not any(t in self.known or t in self.pending for t in given):
             return result  # nothing but constants
         name = func._overloadpacket.__name__
+        if name == "stack":  # the last states of all layers of a recurrent network: they are tied only where they are used
+            self.pending[made[0]] = (args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0))
+            self.fed[made[0]] = True
+            return result
         try:
             found = self._found(name, func, args, kwargs, given, made)
-        except (ValueError, IndexError):  # a form of the operation that its rule does not fit
+        except (ValueError, IndexError, TypeError, ZeroDivisionError):  # a form of the operation that its rule does not fit
             found = None
         if found is None:
             found = self._without_rule(name, given, made)
