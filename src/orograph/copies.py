@@ -6,32 +6,26 @@ parameters and buffers are placeholders without memory: a snapshot puts its own 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .deep_copies import CannotCopy, deep_copy, spare
 from .evaluation import no_gradient
 from .nesting import Batch, map_tensors
 from .restoring import under
 from .snapshots import Snapshot
-from .state import FOREIGN, Slots, containers, entries, find_slots
+from .state import Slots, containers, entries, find_slots
 from .surroundings import normal_tensors
 from .terms import Recipe, Term, fresh, was_written
 
 PRIVATE = "a private copy of the model"
-MOST_SHARED = 200  # objects that cannot be copied
 Metrics = Mapping[str, Callable[..., Any]]
-T = TypeVar("T")
-
-
-class CannotCopy(Exception):
-    """Why the model is measured in place."""
 
 
 @under(normal_tensors)
@@ -106,8 +100,8 @@ def _copied(snapshot: Snapshot, recipe: Recipe, metrics: Metrics) -> tuple[Snaps
     for holder in containers((*model.modules(), *recipe.calls, *metrics.values())):
         for key, value in entries(holder):
             if id(value) not in memo:
-                _spare(str(key), value, memo, stale)
-    own_model, own_recipe, own_metrics = _deep_copy((model, recipe, metrics), memo, stale)
+                spare(str(key), value, memo, stale)
+    own_model, own_recipe, own_metrics = deep_copy((model, recipe, metrics), memo, stale)
     own_slots = find_slots(own_model)
     if _shape(own_model, own_slots) != _shape(model, slots):
         raise CannotCopy("its copy has other layers or parameters")
@@ -123,41 +117,6 @@ def _copied(snapshot: Snapshot, recipe: Recipe, metrics: Metrics) -> tuple[Snaps
 def _placeholder(tensor: Tensor) -> Tensor:
     empty = torch.empty_like(tensor, device="meta")
     return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-
-
-def _spare(key: str, value: Any, memo: dict[int, Any], stale: dict[str, Tensor]) -> None:
-    """What deepcopy refuses or had better not copy: results of autograd, generators, and things that are no part of a model."""
-    if isinstance(value, Tensor) and value.grad_fn is not None:
-        memo[id(value)] = stale[key] = value.detach().clone()
-    elif isinstance(value, torch.Generator):
-        memo[id(value)] = torch.Generator(value.device).set_state(value.get_state())
-    elif isinstance(value, FOREIGN):
-        memo[id(value)] = value
-
-
-def _deep_copy(things: T, memo: dict[int, Any], stale: dict[str, Tensor]) -> T:
-    """A deep copy, in which objects that cannot be copied (locks, files, connections) are shared."""
-    for _ in range(MOST_SHARED):
-        try:
-            return copy.deepcopy(things, dict(memo))
-        except Exception as error:
-            culprit = _refused(error)
-            if culprit is None or isinstance(culprit, nn.Module) or id(culprit) in memo:
-                raise CannotCopy(f"it cannot be copied ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})") from error
-            if not isinstance(culprit, Tensor):
-                memo[id(culprit)] = culprit
-            _spare("a tensor", culprit, memo, stale)
-    raise CannotCopy("it holds too many objects that cannot be copied")
-
-
-def _refused(error: BaseException) -> Any:
-    """The object that `copy.deepcopy` was copying when it raised."""
-    culprit, trace = None, error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code is copy.deepcopy.__code__:
-            culprit = trace.tb_frame.f_locals.get("x")
-        trace = trace.tb_next
-    return culprit
 
 
 def _shape(model: nn.Module, slots: Slots) -> object:

@@ -6,7 +6,6 @@ an example, `len(target)`, until the proof in `proof.py` says that this is wrong
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .deep_copies import deep_copy
 from .nesting import as_double
 
 Loss = Callable[[Any, Any], Tensor]
@@ -179,7 +179,7 @@ def _keywords(function: Callable[..., Tensor]) -> list[str]:
 def _own_copy(criterion: nn.Module, model: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> nn.Module:
     """A copy of the loss module that still points at the user's model where it uses it (a penalty on the weights, say)."""
     shared = {id(part): part for part in (*model.modules(), *model.parameters(), *model.buffers())}
-    own = copy.deepcopy(criterion, memo=dict(shared))
+    own: nn.Module = deep_copy(criterion, dict(shared))
     if not any(id(tensor) in shared for tensor in (*own.parameters(), *own.buffers())):
         own = own.to(device=device, dtype=dtype).requires_grad_(False)
     for part in own.modules():
