@@ -22,7 +22,7 @@ from .layout import Layout
 from .linalg.operator import Space
 from .points import copied, differs_outside, read_point, snapshot_point
 from .reading import prove_terms, read_data
-from .restoring import restoring
+from .restoring import locked, restoring, under
 from .results import Point
 from .snapshots import Snapshot, check_model, take_snapshot
 from .state import Mode
@@ -56,6 +56,7 @@ class Objective:
     _metrics: Mapping[str, Metric]
     _batch_size: int | None
 
+    @under(locked)  # another thread may be running the model with tensors of its own
     def __init__(
         self,
         model: nn.Module,
@@ -78,6 +79,7 @@ class Objective:
         self._fill(take_snapshot(model, params, mode, place, dtype), recipe, data, metrics or {}, batch_size)
 
     @classmethod
+    @under(locked)
     def from_batch_loss(
         cls,
         model: nn.Module,
@@ -267,6 +269,7 @@ class Objective:
         """The same loss on the same data at another point (whatever `point` takes)."""
         return self.like(replace(self._snapshot, point=self.point(source)), self._terms)
 
+    @under(locked)
     def now(self) -> Objective:
         """The same loss at the model's present weights."""
         s = self._snapshot

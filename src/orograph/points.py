@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .checks import refusal
 from .errors import OrographWarning
 from .layout import Layout
-from .restoring import restoring, under
+from .restoring import locked, restoring, under
 from .results import Point
 from .state import Slots, find_slots
 from .surroundings import normal_tensors
@@ -44,6 +44,7 @@ def snapshot_point(slots: Slots, layout: Layout, *, device: torch.device | None,
     return _checked(point, point, layout)
 
 
+@under(locked)
 def read_point(source: Any, own: Point, slots: Slots, layout: Layout, label: str | None) -> Point:
     """The setting of `source` for the network whose present setting is `own`; tensors are copied to own's device and dtype.
 

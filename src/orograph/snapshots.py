@@ -100,6 +100,7 @@ class Snapshot:
         buffers, frozen = as_double(dict(self.point.buffers)), as_double(dict(self.point.frozen))
         return replace(self, extras=(*self.extras, *extras), dtype=torch.float64, dtypes=(torch.float64,) * len(self.dtypes), point=replace(self.point, theta=self.point.theta.double(), buffers=buffers, frozen=frozen))
 
+    @under(locked)
     def state_dict(self) -> dict[str, Any]:
         """What `model.state_dict()` would hold here, in the model's own precision."""
         own = self.users.model.state_dict()
