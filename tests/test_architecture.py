@@ -9,19 +9,11 @@ import orograph
 
 ROOT = Path(orograph.__file__).parent
 ROWS = [  # a module imports from rows above it, or from the left of its own row
-<<<<<<< HEAD
-    ["errors", "ranges", "arguments", "expected", "checks", "results", "progress", "memory", "durable", "restoring", "surroundings"],
-    ["kernels", "layout", "axes", "axis_rules", "layer_axis_rules", "tracing", "decisions", "linalg.symmetry", "linalg.operator", "linalg.checkpoints", "linalg.lanczos", "linalg.power", "linalg.search", "linalg.lobpcg", "linalg.eigen", "linalg.intervals", "linalg.trace_methods", "linalg.runs", "linalg.low_rank", "linalg.trust_region", "linalg.blocks", "linalg.remainder", "linalg.traces", "linalg.density", "linalg.one_pass", "linalg.spectra", "state"],
+    ["errors", "restoring", "surroundings", "ranges", "arguments", "expected", "checks", "results", "progress", "memory", "durable"],
+    ["kernels", "layout", "axes", "axis_rules", "layer_axis_rules", "tracing", "decisions", "linalg.symmetry", "linalg.operator", "linalg.checkpoints", "linalg.lanczos", "linalg.power", "linalg.search", "linalg.lobpcg", "linalg.eigen", "linalg.intervals", "linalg.trace_methods", "linalg.runs", "linalg.low_rank", "linalg.trust_region", "linalg.blocks", "linalg.remainder", "linalg.traces", "linalg.density", "linalg.one_pass", "linalg.spectra", "state", "deep_copies"],
     ["nesting", "loaders", "batches", "criteria", "terms", "evaluation", "weighting", "proof", "points", "snapshots", "cutting", "reading", "copies", "objective", "identity", "variants", "crowds"],
     ["products.sweeps", "products.reverse", "products.gauss_newton", "products.likelihood", "products.blockwise", "products.difference", "products.choice", "preflight", "curvature", "subsets", "paths", "renormalise", "perturbations", "ascent", "optimizers", "bounds", "example_groups", "watching", "symmetries", "weight_matching", "activation_matching", "alignment", "curves", "bands", "profiles", "planes", "chebyshev", "grids", "refinement", "topology", "minima", "samples", "pictures"],
     ["encoding", "scalars", "record_text", "paper", "exports", "records", "subject", "edge_verdicts", "sharpness_zoo", "registry"],
-=======
-    ["errors", "arguments", "expected", "checks", "results", "progress", "memory", "restoring", "surroundings"],
-    ["kernels", "layout", "axes", "axis_rules", "tracing", "linalg.symmetry", "linalg.operator", "linalg.checkpoints", "linalg.lanczos", "linalg.power", "linalg.search", "linalg.lobpcg", "linalg.eigen", "linalg.intervals", "linalg.trace_methods", "linalg.runs", "linalg.low_rank", "linalg.trust_region", "linalg.blocks", "linalg.remainder", "linalg.traces", "linalg.density", "linalg.one_pass", "linalg.spectra", "state", "deep_copies"],
-    ["nesting", "batches", "criteria", "terms", "evaluation", "weighting", "proof", "points", "snapshots", "cutting", "reading", "copies", "objective", "variants", "crowds"],
-    ["products.sweeps", "products.reverse", "products.gauss_newton", "products.likelihood", "products.blockwise", "products.difference", "products.choice", "preflight", "curvature", "subsets", "paths", "renormalise", "perturbations", "ascent", "optimizers", "bounds", "symmetries", "alignment", "curves", "bands", "profiles", "planes", "chebyshev", "grids", "refinement", "topology", "samples", "pictures"],
-    ["encoding", "scalars", "paper", "exports", "records", "subject", "edge_verdicts", "sharpness_zoo", "registry"],
->>>>>>> 7ea0554 (A twin of every torch module class, and interrupts at every line that sets or restores, as tests)
     ["probes"],
     ["studies.problems", "studies.networks", "studies.training", "studies.instability", "report.theme", "report.tables", "report.figures", "report.surfaces", "report.blocks", "report.sections", "report.page", "report"],
     ["demo", "tasks"],

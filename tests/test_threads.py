@@ -13,7 +13,7 @@ from orograph import Objective
 
 from .families import rotating
 from .interrupting import process_state
-from .test_interrupts import WAYS, X, Y, Mixed
+from .test_interrupts import WAYS, Mixed, X, Y
 
 ACTS = {
     "construct and evaluate": lambda model, criterion, objective, i: Objective(model, criterion, (X, Y)).value(),

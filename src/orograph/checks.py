@@ -20,6 +20,8 @@ from torch import Tensor
 
 from .arguments import shown
 from .expected import Expected, expectation
+from .restoring import restoring
+from .surroundings import is_ordinary, ordinary
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -88,7 +90,10 @@ def _wrapped(
             if key in readers:
                 given.arguments[key] = _read(name, signature.parameters[key], readers[key], value)
         _refuse_shapes(name, readers, given.arguments)
-        return function(*given.args, **given.kwargs)
+        if is_ordinary():
+            return function(*given.args, **given.kwargs)
+        with restoring(ordinary):
+            return function(*given.args, **given.kwargs)
 
     return call
 

@@ -60,7 +60,7 @@ class _Setting:
             rows = []
             for k in range(4):
                 output, _, total = _evaluated(_moved(self.snapshot, k * step, 1), self.recipe, self.batch)
-                rows.append([*_numbers(output), torch.tensor(total[1], dtype=torch.float64)])
+                rows.append([*_numbers(output), torch.tensor(total[1], dtype=torch.float64, device="cpu")])
             thirds = [(d - 3 * c + 3 * b - a, a) for a, b, c, d in zip(*rows, strict=True)]
             noise = [float((third.abs() / _scale(start)).nan_to_num().median()) / 20**0.5 if start.numel() else 0.0 for third, start in thirds]
             if any(noise):
@@ -134,7 +134,7 @@ def _joined(snapshot: Snapshot, recipe: Recipe, first: Batch, second: Batch) -> 
         setting = _setting(snapshot, recipe, both)
     except Exception:  # the user's code does not take this batch: nothing can be told from it
         return None
-    rows = list(torch.arange(sum(sizes)).split(sizes))
+    rows = list(torch.arange(sum(sizes), device="cpu").split(sizes))
     found = _compared(setting, [take_rows(setting.batch, part) for part in rows], rows)
     return found if found.coupled else None
 
@@ -148,10 +148,10 @@ def _may_be_index(tensor: Tensor, count: int) -> bool:
 def _parts(count: int) -> list[Tensor]:
     """Random unequal parts in which no two neighbours meet, and one example by itself."""
     generator = torch.Generator().manual_seed(count)
-    steps = torch.randint(1, PARTS, (count,), generator=generator)
+    steps = torch.randint(1, PARTS, (count,), generator=generator, device="cpu")
     label = steps.cumsum(0) % PARTS
     if count > PARTS:
-        label[torch.randint(count, (1,), generator=generator)] = PARTS
+        label[torch.randint(count, (1,), generator=generator, device="cpu")] = PARTS
     return [rows for part in range(PARTS + 1) if len(rows := (label == part).nonzero().flatten())]
 
 
@@ -165,7 +165,7 @@ def _setting(snapshot: Snapshot, recipe: Recipe, batch: Batch) -> _Setting:
             if last:
                 raise
             continue
-        if last or (torch.isfinite(torch.tensor(total[1])) and all(bool(t.isfinite().any()) for t in _numbers(output) if t.numel())):
+        if last or (torch.isfinite(torch.tensor(total[1], device="cpu")) and all(bool(t.isfinite().any()) for t in _numbers(output) if t.numel())):
             return _Setting(there, how, data, output, target, total)
     raise AssertionError("the last candidate is taken as it is")
 
@@ -185,7 +185,7 @@ def _moved(snapshot: Snapshot, share: float, seed: int) -> Snapshot:
     steps = []
     for part in snapshot.layout.split(snapshot.point.theta):
         reach = share * max(float(part.double().square().mean().sqrt()), LEAST)
-        steps.append((reach * torch.randn(part.shape, generator=generator, dtype=torch.float64)).reshape(-1))
+        steps.append((reach * torch.randn(part.shape, generator=generator, dtype=torch.float64, device="cpu")).reshape(-1))
     theta = snapshot.point.theta
     return replace(snapshot, point=replace(snapshot.point, theta=theta + torch.cat(steps).to(theta)))
 

@@ -21,6 +21,7 @@ from .restoring import Step, Undo, locked, restoring, under
 from .results import Point
 from .state import Mode, Slots, find_slots, mode_set, replaced
 from .surroundings import (
+    callers_defaults,
     defaults_set,
     full_precision,
     gradients,
@@ -123,7 +124,7 @@ def take_snapshot(model: nn.Module, params: str | Sequence[str] | None, mode: Mo
     point = snapshot_point(slots, layout, device=device, dtype=dtype, label=type(model).__name__)
     dtypes = tuple(dtype or parameters[name].dtype for name in layout.names)
     users = Users(model, slots, tuple(model.modules()))
-    return Snapshot(model, slots, layout, mode, dtype, dtypes, users, point, (torch.get_default_dtype(), torch.get_default_device()))
+    return Snapshot(model, slots, layout, mode, dtype, dtypes, users, point, callers_defaults())
 
 
 def check_model(model: nn.Module, dtype: torch.dtype | None) -> None:

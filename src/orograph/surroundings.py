@@ -132,6 +132,35 @@ def defaults_set(dtype: torch.dtype, device: torch.device) -> Step:
     return step
 
 
+class _OwnDevice(_device.DeviceContext):
+    """New tensors of the package are on the CPU unless they say otherwise; `callers` is where those of the caller are."""
+
+    def __init__(self, callers: torch.device) -> None:
+        super().__init__("cpu")
+        self.callers = callers
+
+
+def callers_defaults() -> tuple[torch.dtype, torch.device]:
+    """Precision and device of new tensors in the code of whoever calls the package."""
+    own = [mode for mode in torch.overrides._get_current_function_mode_stack() if isinstance(mode, _OwnDevice)]
+    return torch.get_default_dtype(), own[0].callers if own else torch.get_default_device()
+
+
+def is_ordinary() -> bool:
+    """Whether new tensors are plain ones on the CPU."""
+    return not torch.is_inference_mode_enabled() and torch.get_default_device().type == "cpu"
+
+
+def ordinary(undo: list[Undo]) -> None:
+    """New tensors are plain ones on the CPU unless they say otherwise, whatever the caller's inference mode and default device are."""
+    mode_stacks_kept(undo)
+    device = torch.get_default_device()
+    if device.type != "cpu":
+        _OwnDevice(device).__enter__()
+    undo.append(functools.partial(torch._C._set_grad_enabled, torch.is_grad_enabled()))
+    normal_tensors(undo)
+
+
 def no_anomaly_mode(undo: list[Undo]) -> None:
     """Points where gradients are not finite are results, not errors."""
     if torch.is_anomaly_enabled():

@@ -21,7 +21,7 @@ def on_few(objective: Objective, examples: int, *, double: bool) -> Objective:
     """A copy over the first batch's first examples (all of it, where batches must not be cut), in float64 if `double`."""
     with objective.applied():
         term = next(iter(objective.terms()))
-        few = replace(term, batch=take_rows(term.batch, torch.arange(min(examples, term.examples)))) if objective.divisible else term
+        few = replace(term, batch=take_rows(term.batch, torch.arange(min(examples, term.examples), device="cpu"))) if objective.divisible else term
         batch = few.batch if few.count_units() > 0 else term.batch
     small = _weighed(objective, objective.snapshot, objective.recipe, one_batch(batch))
     return in_double(small) if double else small
@@ -31,7 +31,7 @@ def in_pieces(objective: Objective, examples: int) -> Objective:
     """Every batch cut into micro-batches of at most `examples`."""
 
     def cut(batch: Batch) -> list[tuple[int, Batch]]:
-        rows = torch.arange(count_examples(batch)).split(examples)
+        rows = torch.arange(count_examples(batch), device="cpu").split(examples)
         return [(int(part[0]), take_rows(batch, part)) for part in rows]
 
     return _weighed(objective, objective.snapshot, objective.recipe, replace(objective.terms().batches, view=cut))

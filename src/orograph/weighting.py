@@ -69,7 +69,7 @@ def check_outputs(term: Term, previous: Seen | None) -> Seen:
     rows = tensors_in(target)[0].size(0) if tensors_in(target) else term.examples
     if term.recipe.count is None and rows >= 2:
         cut = max(1, rows // 3)
-        parts = lambda: [(take_rows(output, index), take_rows(target, index), float(len(index))) for index in (torch.arange(cut), torch.arange(cut, rows))]  # noqa: E731
+        parts = lambda: [(take_rows(output, index), take_rows(target, index), float(len(index))) for index in (torch.arange(cut, device="cpu"), torch.arange(cut, rows, device="cpu"))]  # noqa: E731
         _must_add_up(term.recipe, here, parts, "a batch's output and its two parts")
     if previous is not None:
         outputs, targets = join_batches(previous[0], output), join_batches(previous[1], target)

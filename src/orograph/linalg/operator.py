@@ -20,8 +20,8 @@ from ..arguments import AtLeastOne, NotNegative
 from ..checks import checked, refusal
 from ..errors import OrographError, OutOfBudget
 from ..memory import memory_budget, size_text
-from ..restoring import restoring
-from ..surroundings import full_precision, gradients
+from ..restoring import restoring, under
+from ..surroundings import full_precision, gradients, ordinary
 from .symmetry import CHANGES, prove_symmetry, refuse_image
 
 SampleKind = Literal["normal", "rademacher", "sphere"]
@@ -72,6 +72,7 @@ class Space:
         norms: Tensor = torch.linalg.vector_norm(V, dim=0, dtype=torch.float64)  # fp32 norms lose 1e-3 at n = 2e7
         return norms
 
+    @under(ordinary)
     def sample(self, seed: int, index: int, kind: SampleKind) -> Tensor:
         r"""Random vector number `index` of the stream `seed`: $\mathbb{E}[v v^\top] = I$, the same on any device and process count.
 
@@ -154,6 +155,7 @@ class LinearOperator:
             raise ValueError(f"from_dense needs a symmetric, finite matrix: max |A - A'| is {gap:.3g}. Pass (A + A.T) / 2 if you mean its symmetric part.")
         return cls(lambda V: A @ V, len(A), A.dtype, A.device, about={"curvature": "dense"}, check=False)
 
+    @under(ordinary)
     def __matmul__(self, V: Tensor) -> Tensor:
         if not isinstance(V, Tensor) or V.layout != torch.strided or V.ndim not in (1, 2) or V.shape[0] != self.size:
             shape = tuple(V.shape) if isinstance(V, Tensor) else type(V).__name__
