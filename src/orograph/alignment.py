@@ -87,6 +87,6 @@ def _match_activations(objective: Objective, symmetry: Symmetry, pairs: WeightPa
     network = double_network(objective)
     batch: Batch = next(iter(objective.terms().batches))[1]
     if objective.divisible:
-        batch = take_rows(batch, torch.arange(min(SAMPLES, count_examples(batch))))
+        batch = take_rows(batch, torch.arange(min(SAMPLES, count_examples(batch)), device="cpu"))
     here, there = (Collecting(network.at(point), symmetry.axes, symmetry.units) for point in (first, second))
     return match_activations(correlations(here, there, batch), pairs)

@@ -287,6 +287,7 @@ def _provenance(subject: Subject) -> dict[str, Any]:
         "dtype": str(objective.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "mode": objective.mode,
+        "isolation": objective.isolation,
         "parameters": objective.size,
         "examples": objective.examples,
         "units": objective.units,

@@ -127,7 +127,7 @@ def defaults_set(dtype: torch.dtype, device: torch.device) -> Step:
     def step(undo: list[Undo]) -> None:
         value_set(torch.get_default_dtype, torch.set_default_dtype, dtype)(undo)
         if torch.get_default_device() != device:
-            _device.DeviceContext(device).__enter__()
+            _device.DeviceContext(device).__enter__()  # type: ignore[no-untyped-call]
 
     return step
 
@@ -156,7 +156,7 @@ def ordinary(undo: list[Undo]) -> None:
     mode_stacks_kept(undo)
     device = torch.get_default_device()
     if device.type != "cpu":
-        _OwnDevice(device).__enter__()
+        _OwnDevice(device).__enter__()  # type: ignore[no-untyped-call]
     undo.append(functools.partial(torch._C._set_grad_enabled, torch.is_grad_enabled()))
     normal_tensors(undo)
 
