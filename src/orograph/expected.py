@@ -240,7 +240,7 @@ def _instance(hint: Any) -> Expected:
     if hint is None or hint is type(None):
         return Expected("None", functools.partial(_of_class, type(None)))
     if hint is Any or not isinstance(hint, type):
-        return Expected("anything", lambda value: value)
+        return Expected("something that has values", _anything)
     words = {
         bool: "True or False",
         str: "a text",
@@ -256,6 +256,11 @@ def _instance(hint: Any) -> Expected:
         read,
         CURES.get(hint.__name__, ""),
     )
+
+
+def _anything(value: Any) -> Any:
+    """Whatever it is, but no tensor without values."""
+    return _tensor(value) if isinstance(value, Tensor) and value.is_meta else value
 
 
 def _of_class(kind: type, value: Any) -> Any:

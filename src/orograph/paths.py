@@ -90,8 +90,11 @@ class PolyChain:
 
     def weights(self, t: float) -> Tensor:
         """What each control point contributes at t."""
-        place = torch.arange(len(self.points), dtype=torch.float64)
-        return (1 - (t * (len(self.points) - 1) - place).abs()).clamp(min=0)
+        pieces = len(self.points) - 1
+        piece = min(max(math.floor(t * pieces), 0), pieces - 1)  # the outer ones go on beyond the ends
+        found = torch.zeros(pieces + 1, dtype=torch.float64)
+        found[piece], found[piece + 1] = 1 - (t * pieces - piece), t * pieces - piece
+        return found
 
     def __call__(self, t: float) -> Place:
         """The place at `t`."""
@@ -110,11 +113,12 @@ def refuse_places(call: str, **places: Place) -> None:
     kinds = {type(place) if isinstance(place, Point) else Tensor for place in places.values()}
     if len(kinds) > 1:
         raise TypeError(f"{call}({', '.join(places)}) needs Points or flat tensors, all of one kind, got both.")
-    first = theta_of(next(iter(places.values())))
+    leader = next(iter(places))
+    first = theta_of(places[leader])
     for name, place in places.items():
         theta = theta_of(place)
         if theta.ndim != 1 or not len(theta) or not theta.is_floating_point() or theta.shape != first.shape:
-            raise refusal(call, name, theta, f"a flat tensor of floating-point numbers, all of one size: shape ({first.numel()},).")
+            raise refusal(call, name, theta, f"a flat tensor of floating-point numbers, all of one size: shape ({first.numel()},), as {leader} has.")
         if not bool(torch.isfinite(theta).all()):
             raise refusal(call, name, theta, "finite numbers, and it holds NaN or inf.")
 

@@ -67,6 +67,8 @@ class Record:
     created: str = field(default_factory=_now)
 
     def __getitem__(self, name: str) -> Result:
+        if not isinstance(name, str):
+            raise refusal("Record", "name", name, f"the name of a result: {', '.join(self.results) or 'there is none'}.", TypeError)
         if name in self.results:
             return self.results[name]
         why = f"It is missing because {self.missing[name]}. " if name in self.missing else ""
