@@ -152,6 +152,7 @@ def _on_own_scale(op: LinearOperator, bears: Limits, kept: Tensor) -> LinearOper
         memory=op.memory,
         noise=op.noise,
         about=about,
+        check=not op.is_proven,
     )
 
 
