@@ -136,8 +136,10 @@ class Sane:
 
     def objective(self) -> Objective:
         torch.manual_seed(0)
-        model = self.make().to(self.dtype)
-        data = self.data()
+        model, data = self.make(), self.data()
+        if any(isinstance(module, nn.LazyLinear) for module in model.modules()):
+            model(data[0])
+        model = model.to(self.dtype)
         if self.criterion is heat:
             return Objective.from_batch_loss(model, heat, [(x.to(self.dtype),) for x in data])
         x, y = data
@@ -188,7 +190,8 @@ def table() -> dict[str, Sane]:
             lambda: mlp(64, 900, 10, seed=0), lambda: tuple(t[:400] for t in digits().train)
         ),
         "tiny GPT": Sane(
-            lambda: nn.Sequential(GPT(9, width=16, blocks=2, context=7), Moved()), tokens
+            lambda: GPT(width=16, layers=2, heads=2, length=7, vocabulary=9, seed=0),
+            tokens,
         ),
         "encoder layer": Sane(
             lambda: Sequence(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), tokens
@@ -247,11 +250,6 @@ def table() -> dict[str, Sane]:
             lambda: mlp(4, 8, 3, seed=0), points, kinds=("fisher", "empirical fisher")
         ),
     }
-
-
-class Moved(nn.Module):
-    def forward(self, x):
-        return x.movedim(-1, 1)
 
 
 MAKE: dict[str, Callable[..., LinearOperator]] = {

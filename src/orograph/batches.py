@@ -152,10 +152,11 @@ def read_batches(data: Any, *, batch_size: int | None, prepare: Callable[[Tensor
     return Batches(source, prepare, kept, first, ordered, exact, generators)
 
 
-def one_batch(batch: Batch) -> Batches:
-    """A prepared batch by itself."""
-    reading = Reading(hash_examples(batch), (count_examples(batch),), (count_numbers(batch),))
-    return Batches([batch], lambda tensor: tensor, [batch], reading, ordered=True)
+def listed(batches: list[Batch]) -> Batches:
+    """Prepared batches by themselves."""
+    hashes = np.concatenate([hash_examples(batch) for batch in batches])
+    reading = Reading(hashes, tuple(map(count_examples, batches)), tuple(map(count_numbers, batches)))
+    return Batches(batches, lambda tensor: tensor, batches, reading, ordered=True)
 
 
 def is_pair(data: Any) -> bool:

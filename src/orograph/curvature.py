@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .arguments import Seed
+from .certified import Certified
 from .checks import checked, refusal
 from .durable import fingerprint
 from .errors import OrographWarning
 from .identity import identity_of
 from .layout import select_names
-from .linalg.operator import NOISE, LinearOperator, Space
+from .linalg.operator import LinearOperator, Space
 from .memory import memory_budget
 from .objective import Objective
-from .preflight import EXAMPLES, ProductWrong, Verdict, preflight
-from .products.choice import Engine, Kind, apart_of, choose_plan, matmat_of
-from .products.difference import Difference, hessian_difference, sandwich_difference
-from .products.gauss_newton import OutputCurvature, loss_hessian, sandwich_of
+from .products.choice import Engine, Kind, choose_plan
+from .products.difference import hessian_difference, sandwich_difference
+from .products.gauss_newton import OutputCurvature, loss_hessian, loss_hessian_by_differences, sandwich_of
 from .products.likelihood import empirical_fisher, sampled_fisher
 from .products.reverse import hessian_of
 
@@ -122,38 +120,44 @@ def block(op: LinearOperator, objective: Objective, names: str | Sequence[str]) 
         whole[index] = V
         return (op @ whole)[index]
 
-    return _derived(op, matmat, space, f"block {', '.join(chosen)}", {})
+    return _derived(op, matmat, space, f"block {', '.join(chosen)}", {}, certificate_of_block(op, chosen))
 
 
-def _derived(op: LinearOperator, matmat: Callable[[Tensor], Tensor], space: Space, what: str, fingerprints: dict[str, str]) -> LinearOperator:
+def certificate_of_block(op: LinearOperator, names: list[str]) -> str | None:
+    """What is proven of the diagonal block of these parameters, on its own scale; None for an operator that comes from no objective."""
+    return op.matmat.prove_block(names) if isinstance(op.matmat, Certified) else op.about.get("preflight")
+
+
+def _derived(op: LinearOperator, matmat: Callable[[Tensor], Tensor], space: Space, what: str, fingerprints: dict[str, str], words: str | None = None) -> LinearOperator:
     about = op.about | {"curvature": f"{what} of {op.about.get('curvature', 'operator')}", "fingerprints": op.about.get("fingerprints", {}) | fingerprints}
-    return LinearOperator(matmat, space.size, op.dtype, op.device, space, memory=op.memory, noise=op.noise, about=about, check=not op.is_proven)
+    about |= {} if words is None else {"preflight": words}
+    first = op.about.get("preflight")
+
+    def certified(V: Tensor) -> Tensor:
+        product = matmat(V)
+        if op.about.get("preflight") != first:  # what a product has reached beyond the proof
+            about["preflight"] = op.about["preflight"]
+        return product
+
+    return LinearOperator(certified, space.size, op.dtype, op.device, space, memory=op.memory, noise=op.noise, about=about, check=not op.is_proven)
 
 
 def _operator(objective: Objective, kind: Kind, curvature: OutputCurvature | None, engine: Engine, check: bool, memory: int | str | None, about: dict[str, Any]) -> LinearOperator:
     """Choose the engine, prove it, and hand out its products."""
     space, budget = objective.space, memory_budget(memory, objective.device)
     plan = choose_plan(objective, kind, engine, budget)
-    verdict = Verdict("skipped")
-    if check:
-        try:
-            verdict = preflight(objective, partial(matmat_of, replace(plan, keep=0, examples=None, join=None), kind), curvature, plan.proof)
-        except ProductWrong as error:
-            if engine != "auto" or plan.build is None:
-                raise
-            note = f"by finite differences, since autograd's second derivative is wrong: {str(error).split(' Pass check=False')[0]}"
-            plan = replace(choose_plan(objective, kind, "difference", budget), note=note)
-            verdict = preflight(objective, partial(matmat_of, plan, kind), curvature, EXAMPLES)
-    matmat = matmat_of(plan, kind, objective)
-    if plan.note:
-        warnings.warn(f"products are computed {plan.note}", OrographWarning, stacklevel=4)
-    measured = max(verdict.noise, matmat.noise if isinstance(matmat, Difference) else 0.0)
-    about = about | plan.about | {
-        "mode": objective.mode, "fingerprints": identity_of(objective, ordered="seed" in about), "preflight": verdict.words, "noise": measured, "memory": budget,
-    }  # fmt: skip
-    noise = 10 * measured if measured > NOISE.get(space.dtype, 0.0) else 0.0  # one direction's gap; others may be worse
-    apart = apart_of(plan, matmat, objective)
-    return LinearOperator(matmat, space.size, space.dtype, space.device, space, memory=max(budget - plan.bytes, 1), noise=noise, about=about, apart=apart, check=False)
+    precise = (_sandwich(loss_hessian_by_differences), loss_hessian_by_differences) if curvature is loss_hessian else None
+    about = about | {"mode": objective.mode, "fingerprints": identity_of(objective, ordered="seed" in about), "memory": budget}
+    products = Certified(objective, kind, curvature, precise, engine, budget, plan, check, about)
+    products.begin()
+    apart = products.apart if products.has_parts else None
+    op = LinearOperator(products, space.size, space.dtype, space.device, space, memory=max(budget - products.plan.bytes, 1), noise=products.excess, about=about, apart=apart, check=False)
+
+    def changed(products: Certified) -> None:
+        op.noise = max(op.noise, products.excess)
+
+    products.settled = changed
+    return op
 
 
 def _needs_output(objective: Objective, name: str, engine: Engine) -> None:

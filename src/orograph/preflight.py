@@ -2,174 +2,217 @@
 
 A symmetric and deterministic operator can still be wrong: a custom autograd Function whose backward returns detached tensors
 gives a symmetric one. So the gradient is compared with differences of losses, the Hessian product with differences of gradients,
-and the Jacobian behind Gauss-Newton and Fisher products with differences of outputs. Then the product in the real precision is
-compared with the proven one, which gives its noise.
+and Gauss-Newton and Fisher products with differences of outputs; every parameter's part on its own scale. The product in the real
+precision is taken where it agrees as it is; else the one in float64 is proven, and their difference is the noise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .errors import NotDeterministic, NotDifferentiable, OrographError, PreflightFailed
+from .comparison import AGREE, STEPS, Difference, Kink, Parts, compare, disagreement, reach_of, rounding_of_loss
+from .criterion_proof import prove_criterion
+from .cutting import cut_batch
+from .errors import NotDeterministic, NotDifferentiable, OrographError, PreflightFailed, ProductWrong
 from .linalg.operator import Matmat
 from .objective import Objective
 from .products.gauss_newton import OutputCurvature, sandwich_of
 from .products.sweeps import Sweep
-from .variants import on_few
+from .reached import Reached, Watch
+from .suspects import suspects
+from .variants import in_double, in_pieces, on_spread
+from .weighting import HINT
 
-STEPS = (1e-6, 1e-7, 1e-8)  # relative to |theta|
-COARSE = (1e-4, 1e-3)  # further steps, for models that round to float32 inside
-AGREE = 1e-4  # relative difference up to which a finite difference and a product agree
 WRONG = {torch.float64: 1e-3, torch.float32: 0.05}  # gap between real precision and float64 that no rounding explains
-EXAMPLES = 16
+EXAMPLES, MOST = 16, 256  # examples of a proof, and how many it may take where products are zero on fewer
+CLOSE = 1e-5  # gap up to which a product in the real precision is proven as it is
+SAME = 1e-9  # relative difference of losses that are the same but for rounding
 BESIDE = 1e-3  # relative step to a neighbouring point, where the loss has a kink at the point itself
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was proven, in words; and the error of a product relative to its norm, in the precision that the operator uses."""
+    """What was proven, in words; the error of a product relative to its norm, in the precision that the operator uses; and what the proof has reached."""
 
     words: str
     noise: float = 0.0
+    reached: Reached = field(default_factory=Reached)
+
+    @property
+    def proven(self) -> bool:
+        return self.words.startswith("proven")
 
 
-class _Kink(Exception):
-    """The point lies on a kink of the loss: differences do not settle."""
-
-
-class ProductWrong(PreflightFailed):
-    """The gradient is right, and the product is not what its differences say."""
-
-
-def preflight(objective: Objective, matmat_of: Callable[[Objective], Matmat], curvature: OutputCurvature | None, most: int = EXAMPLES) -> Verdict:
+def preflight(objective: Objective, matmat_of: Callable[[Objective], Matmat], curvature: OutputCurvature | None, most: int = MOST) -> Verdict:
     """Prove the products that `matmat_of(objective)` makes: Hessian products, or J'CJ products with `curvature` C in output space.
 
     "proven", or "unverified: why". Raises PreflightFailed where differences at several steps agree with each other and not with
-    the gradient, ProductWrong where they do not with the product. Two products and four gradients of a few examples, `most` of them,
-    where all is well.
+    the gradient, ProductWrong where they do not with the product. One product and two gradients of a few examples, `most` of them,
+    where all is well; of more examples where a product is zero on fewer, since zero agreeing with zero proves nothing.
     """
-    count = max(min(few_enough(objective), most), 1)
-    try:
-        small = on_few(objective, count, double=True)
-        direction = _direction(small)
-        words = "proven"
+    for count in _counts(objective, most):
         try:
-            exact = _prove(small, direction, matmat_of, curvature)
-        except _Kink:
-            small = small.at(small.theta + BESIDE * small.theta.norm() * _direction(small, 1))
-            exact, words = None, _prove_beside(small, direction, matmat_of, curvature)
-        noise = _noise(on_few(objective, count, double=False), direction, matmat_of, exact) if exact is not None else 0.0
-    except (NotDeterministic, NotDifferentiable, PreflightFailed):
-        raise
-    except (RuntimeError, TypeError, ValueError, OrographError) as error:  # a model or loss that cannot run in float64 or on fewer examples
-        return Verdict(f"unverified: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
-    return Verdict(words, noise)
+            few = on_spread(objective, count)
+        except ValueError:  # none of them counts
+            continue
+        verdict = prove_on(few, matmat_of, curvature)
+        if verdict is not None:
+            return verdict
+        if few.examples >= objective.examples:
+            return Verdict("proven")  # zero on all of the data
+    return Verdict(f"unverified: all products are zero on the {min(count, objective.examples)} examples that were tried, which proves nothing of the others")
 
 
 def few_enough(objective: Objective) -> int:
-    """Examples that a proof takes: at most 16, and for large models so few that all of it costs about one gradient of the whole set."""
+    """Examples that a proof takes: 16, and for large models so few that all of it costs about one gradient of the whole set."""
     small_model = objective.size * EXAMPLES <= 2**20
     return EXAMPLES if small_model else min(max(objective.examples // 20, 1), EXAMPLES)
 
 
-def _prove_beside(small: Objective, direction: Tensor, matmat_of: Callable[[Objective], Matmat], curvature: OutputCurvature | None) -> str:
+def _counts(objective: Objective, most: int) -> Iterator[int]:
+    """How many examples to try, until products are not zero."""
+    count = max(min(few_enough(objective), most), 1)
+    yield count
+    while count < min(objective.examples, most):
+        count = min(4 * count, objective.examples, most)
+        yield count
+
+
+def prove_on(few: Objective, matmat_of: Callable[[Objective], Matmat], curvature: OutputCurvature | None, block: list[str] | None = None) -> Verdict | None:
+    """The verdict on all examples of `few`, or None where every product is zero on them; with `block`, on the diagonal block of those parameters."""
     try:
-        _prove(small, direction, matmat_of, curvature)
-    except _Kink:
-        return "unverified: the loss has kinks at these weights and beside them"
-    return "proven beside a kink of the loss"
+        return _Proof(few, matmat_of, curvature, block).verdict()
+    except (NotDeterministic, NotDifferentiable, PreflightFailed, Coupled):
+        raise
+    except (RuntimeError, TypeError, ValueError, OrographError) as error:  # a model or loss that cannot run in float64 or on fewer examples
+        return Verdict(f"unverified: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
 
 
-def _prove(small: Objective, direction: Tensor, matmat_of: Callable[[Objective], Matmat], curvature: OutputCurvature | None) -> Tensor:
-    """The product of `direction`, proven against differences."""
-    _check_gradient(small, direction)
-    exact = matmat_of(small)(direction[:, None])[:, 0]
-    if curvature is None:
-        slopes = lambda step: _directional(lambda o: o.gradient(), small, direction, step)  # noqa: E731
-        _compare(exact, slopes, lambda: _grains(small)[1], small, "finite differences of the gradient")
-    else:
-        forms = lambda step: _quadratic_form(small, direction, step, curvature)  # noqa: E731
-        _compare((direction @ exact).reshape(1), forms, lambda: 0.0, small, "finite differences of the outputs")
-    return exact
+class Coupled(ValueError):
+    """Examples of different batches, in one batch, give other losses than apart."""
 
 
-def _grains(objective: Objective) -> tuple[float, float]:
-    """Rounding of the loss and of its gradient in float64: where a network is saturated, they are far above the values themselves."""
-    loss, gradient = abs(objective.value()), float(objective.gradient().norm())
-    with objective.applied():
-        term = next(iter(objective.terms()))
-        output = term.output()
-        if isinstance(output, Tensor) and output.requires_grad:
-            loss = max(loss, float(output.detach().abs().max()))
-            mean = output.abs().sum() / (term.units if term.recipe.weighs else 1.0)
-            parts = torch.autograd.grad(mean, objective.leaves, allow_unused=True)
-            gradient = max(gradient, float(objective.layout.flatten(parts, objective.theta).norm()))
-    epsilon = 4 * torch.finfo(torch.float64).eps
-    return epsilon * loss, epsilon * gradient
+class _Proof:
+    """One proof: the examples in the real precision and in float64, the direction, and what has been reached."""
 
+    def __init__(self, real: Objective, matmat_of: Callable[[Objective], Matmat], curvature: OutputCurvature | None, block: list[str] | None) -> None:
+        self.real, self.matmat_of, self.curvature, self.block = real, matmat_of, curvature, block
+        self.precise = all(leaf.dtype == torch.float64 for leaf in real.leaves)
+        self.small = real if self.precise else in_double(real)
+        self.coarse = max((leaf.dtype for leaf in real.leaves), key=lambda dtype: torch.finfo(dtype).eps)
+        self.reached = Reached()
+        self.direction = _direction(self.small, block)
+        self.parts = Parts(real.layout, block)
 
-def _compare(exact: Tensor, difference: Callable[[float], Tensor], grain: Callable[[], float], small: Objective, what: str) -> None:
-    """Agreement at any step proves; steps that agree with each other and not with the product refute; else there is a kink or noise.
+    def verdict(self) -> Verdict | None:
+        difference = Difference(self.small, self.direction, self.curvature, self.parts)
+        first = difference(STEPS[0])
+        try:
+            check_gradient(difference)
+        except Kink:
+            return self._proven_beside()
+        self._refuse_coupling(difference)
+        if self.curvature is not None:
+            prove_criterion(self.small, self.curvature)
+        exact: Tensor | None = None
+        if self.coarse in (torch.float32, torch.float64):
+            product = self._product(self.real)
+            gap = self.parts.norm(product - first[: self.real.size]) / max(self.parts.norm(first), 1e-300)
+            rounding = 0.0 if self.precise else 32 * torch.finfo(self.coarse).eps * self.parts.norm(product)
+            ratios = disagreement(difference.of_product(product), first, self.parts, difference.floor(STEPS[0]) + rounding)
+            if ratios.max() <= 1 and (self.precise or gap <= CLOSE or difference.is_zero(STEPS[0])):
+                return self._nontrivial(0.0 if self.precise else gap, product, difference, STEPS[0])
+            exact = product if self.precise else None
+        return self._proven_exactly(difference, exact)
 
-    `grain`: what rounding leaves of a difference before it is divided by the step.
-    """
-    found: list[Tensor] = []
-    for step in STEPS:  # from the largest, where all is mostly well
-        found.append(difference(step))
-        scale = max(float(exact.norm()), float(found[-1].norm()))
-        if float((found[-1] - exact).norm()) <= AGREE * scale:
+    def _refuse_coupling(self, difference: Difference) -> None:
+        """Examples of several batches in one must give what they give apart: else the batches add up to no loss."""
+        batches = self.small.terms().batches
+        if not self.small.divisible or len(batches.reading.sizes) > 1 or self.small.examples < 2:
             return
-    for step in COARSE:
-        slope = difference(step)
-        if float((slope - exact).norm()) <= AGREE * max(float(exact.norm()), float(slope.norm())):
-            return
-    scale = max(float(exact.norm()), *(float(slope.norm()) for slope in found))
-    gaps = [float((slope - exact).norm()) / scale for slope in found]
-    rounding = grain() / scale
-    if any(gap <= AGREE + rounding / _reach(small.theta, step) for gap, step in zip(gaps, STEPS, strict=True)):
-        return
-    if float((found[0] - found[1]).norm()) / scale > 0.1 * min(gaps):
-        raise _Kink
-    raise ProductWrong(
-        f"the product disagrees with {what} by {min(gaps):.1%}, at steps that agree with each other. "
-        f"{_suspects(small)} Pass check=False only to study the operator as it is."
-    )
+        whole, parts = difference.value, in_pieces(self.small, (self.small.examples + 1) // 2).value()
+        if abs(whole - parts) > SAME * max(abs(whole), abs(parts)):  # or rounding: that is told apart there
+            with torch.no_grad():
+                cut = cut_batch(self.real.snapshot, self.real.recipe, next(iter(batches))[1])
+            if cut.coupled:
+                raise Coupled(cut.reason + HINT)
+
+    def _proven_exactly(self, difference: Difference, exact: Tensor | None) -> Verdict | None:
+        """By the product in float64 and by smaller and larger steps; beside the point where the loss has a kink there."""
+        exact = self._product(self.small) if exact is None else exact
+        try:
+            step = compare(difference, exact)
+        except Kink:
+            return self._proven_beside()
+        noise = 0.0 if self.precise else self._noise(exact)
+        return self._nontrivial(noise, exact, difference, step)
+
+    def _proven_beside(self) -> Verdict:
+        beside = self.small.at(self.small.theta + BESIDE * self.small.theta.norm() * _direction(self.small, None, 1))
+        difference = Difference(beside, self.direction, self.curvature, self.parts)
+        try:
+            difference(STEPS[0])
+            check_gradient(difference)
+            exact = self._product(beside)
+            compare(difference, exact)
+        except Kink:
+            return Verdict("unverified: the loss has kinks at these weights and beside them", 0.0, self._all(None))
+        return Verdict("proven beside a kink of the loss", 0.0, self._all(exact))
+
+    def _nontrivial(self, noise: float, product: Tensor, difference: Difference, step: float) -> Verdict | None:
+        return None if difference.is_zero(step) else Verdict("proven", noise, self._all(product))
+
+    def _all(self, product: Tensor | None) -> Reached:
+        self.reached.forget_nodes()
+        if product is not None:
+            self.reached.parameters = self.parts.nonzero(product)
+        return self.reached
+
+    def _product(self, objective: Objective) -> Tensor:
+        matmat = self.matmat_of(objective)
+        if isinstance(matmat, Sweep):
+            matmat.watch = Watch(Reached(parameters=set(range(len(objective.names)))), into=self.reached)
+        return matmat(self.direction.to(objective.dtype)[:, None])[:, 0].double()
+
+    def _noise(self, exact: Tensor) -> float:
+        """Error of the product in the operator's own precision on the same examples, relative to its norm."""
+        product = self._product(self.real)
+        gap = float((product - exact).norm() / exact.norm().clamp(min=1e-300))
+        allowed = WRONG.get(self.coarse, math.inf)
+        if gap > allowed and gap * float(exact.norm()) > allowed * float(exact.norm()) + _rounding(self.real, self.direction, self.coarse):
+            raise ProductWrong(
+                f"the product in {str(self.coarse).removeprefix('torch.')} is {gap:.1%} off the proven one in float64 on the same examples, which no rounding explains. {suspects(self.real)}"
+            )
+        return gap
 
 
-def _direction(objective: Objective, index: int = 0) -> Tensor:
-    """A random unit vector; without the rows of embeddings at `padding_idx`, which torch holds constant whatever the loss says."""
+def _direction(objective: Objective, block: list[str] | None, index: int = 0) -> Tensor:
+    """A random unit vector, of one block where one is named; without the rows of embeddings at `padding_idx`, which torch holds constant whatever the loss says."""
     direction = objective.space.sample(0, index, "normal")
     for name, places in objective.snapshot.slots.parameters.items():
         for module, attribute in places:
             row = getattr(module, "padding_idx", None)
             if row is not None and attribute == "weight" and isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and name in objective.names:
                 direction[objective.layout[name]].view(module.num_embeddings, -1)[row] = 0.0
-    return direction / float(direction.norm())
+    for name in objective.names if block is not None else ():
+        if block is not None and name not in block:
+            direction[objective.layout[name]] = 0.0
+    return direction / (float(direction.norm()) or 1.0)
 
 
-def _directional(function: Callable[[Objective], Tensor], objective: Objective, direction: Tensor, step: float) -> Tensor:
-    """Central difference of a function along a unit direction."""
-    theta = objective.theta
-    reach = _reach(theta, step)
-    return (function(objective.at(theta + reach * direction)) - function(objective.at(theta - reach * direction))) / (2 * reach)
-
-
-def _reach(theta: Tensor, step: float) -> float:
-    """Length of a relative step."""
-    return step * max(float(theta.norm()), 1e-3)
-
-
-def _check_gradient(objective: Objective, direction: Tensor) -> None:
-    """The gradient against differences of the loss: wrong first gradients would pass a comparison of second ones with themselves."""
-    slope, theta = float(objective.gradient() @ direction), objective.theta
-    if not math.isfinite(slope):
+def check_gradient(difference: Difference) -> None:
+    """PreflightFailed where losses say something else than the gradient; Kink where they do not settle."""
+    objective, direction = difference.objective, difference.direction
+    slope, seen = difference.slopes
+    if not math.isfinite(slope) or abs(seen - slope) <= AGREE * abs(slope):
         return
-    steps = [_reach(theta, step) for step in (1e-4, 1e-5, 1e-6)]
+    theta, steps = objective.theta, [reach_of(objective, step, difference.parts) for step in (1e-4, 1e-5, 1e-6)]
+    slope = float(objective.gradient() @ direction)
     values: list[tuple[float, float]] = []  # (ahead, behind)
     for reach in steps:
         ahead, behind = (objective.at(theta + sign * reach * direction).value() for sign in (1, -1))
@@ -177,44 +220,16 @@ def _check_gradient(objective: Objective, direction: Tensor) -> None:
         if abs((ahead - behind) / (2 * reach) - slope) <= AGREE * abs(slope):
             return
     central = [(ahead - behind) / (2 * reach) for (ahead, behind), reach in zip(values, steps, strict=True)]
-    gap = min(abs(difference - slope) for difference in central)
-    if gap <= AGREE * abs(slope) + _grains(objective)[0] / steps[0]:  # the floor is what float64 losses can tell
+    gap = min(abs(found - slope) for found in central)
+    if gap <= AGREE * abs(slope) + rounding_of_loss(objective, difference.parts)[0] / steps[0]:  # the floor is what float64 losses can tell
         return
     here = objective.value()
     uneven = abs((values[2][0] - here) - (here - values[2][1])) / steps[2]
     if uneven > 0.5 * gap or abs(central[1] - central[2]) > 0.1 * gap:
-        raise _Kink  # the two sides differ at the smallest step: autograd has chosen one of them
+        raise Kink  # the two sides differ at the smallest step: autograd has chosen one of them
     raise PreflightFailed(
-        f"the gradient disagrees with finite differences of the loss: {slope:.6g} along a random direction, where the loss says {central[1]:.6g}. {_suspects(objective)}"
+        f"the gradient disagrees with finite differences of the loss: {slope:.6g} along a random direction, where the loss says {central[1]:.6g}. {suspects(objective)}"
     )
-
-
-def _quadratic_form(objective: Objective, direction: Tensor, step: float, curvature: OutputCurvature) -> Tensor:
-    """(Jv)' C (Jv), (1,), with Jv a central difference of the outputs."""
-
-    def output(at: Objective) -> Tensor:
-        with at.applied(), torch.no_grad():
-            outputs: Tensor = next(iter(at.terms())).output()
-            return outputs
-
-    pushed = _directional(output, objective, direction, step)
-    with objective.applied():
-        term = next(iter(objective.terms()))
-        there = term.output().detach()
-        return (pushed * curvature(term, there)(pushed)).sum().reshape(1) * term.weight
-
-
-def _noise(real: Objective, direction: Tensor, matmat_of: Callable[[Objective], Matmat], exact: Tensor) -> float:
-    """Error of the product in the operator's own precision on the same examples, relative to its norm."""
-    product = matmat_of(real)(direction.to(real.dtype)[:, None])[:, 0].double()
-    gap = float((product - exact).norm() / exact.norm().clamp(min=1e-300))
-    coarse = min((leaf.dtype for leaf in real.leaves), key=lambda dtype: -torch.finfo(dtype).eps)
-    allowed = WRONG.get(coarse, math.inf)
-    if gap > allowed and gap * float(exact.norm()) > allowed * float(exact.norm()) + _rounding(real, direction, coarse):
-        raise ProductWrong(
-            f"the product in {str(coarse).removeprefix('torch.')} is {gap:.1%} off the proven one in float64 on the same examples, which no rounding explains. {_suspects(real)}"
-        )
-    return gap
 
 
 def _rounding(objective: Objective, direction: Tensor, dtype: torch.dtype) -> float:
@@ -227,25 +242,3 @@ def _rounding(objective: Objective, direction: Tensor, dtype: torch.dtype) -> fl
     except NotDifferentiable:
         return 0.0  # differences in float64 are not rounded to `dtype`
     return 100 * torch.finfo(dtype).eps * reach
-
-
-def _suspects(objective: Objective) -> str:
-    """What is known to make second derivatives wrong without an error."""
-    with objective.applied():
-        term = next(iter(objective.terms()))
-        node = term.loss_of(term.output()).grad_fn
-    names: list[str] = []
-    queue, seen = [node], set()
-    while queue:
-        here = queue.pop()
-        if here is None or here in seen:
-            continue
-        seen.add(here)
-        names.append(type(here).__name__.removesuffix("Backward") if isinstance(here, torch.autograd.function.BackwardCFunction) else "")
-        if "WeightNorm" in type(here).__name__:
-            return "torch's own second derivative of weight_norm is the likely cause: fold it into the weights first (remove_parametrizations)."
-        queue.extend(next_node for next_node, _ in here.next_functions)
-    custom = [name for name in names if name]
-    if custom:
-        return f"The custom autograd.Function {custom[0]!r} is the likely cause: its backward must be made of differentiable torch operations."
-    return "A kernel with a hand-written backward, or a gradient that is detached inside the model, is the likely cause."

@@ -57,6 +57,7 @@ class Term:
     first: int  # index of its first example in the data set
     units: float = 0.0
     weight: float = 1.0
+    watch: Callable[[Any], None] | None = field(default=None, repr=False)  # is given outputs and losses with their graphs
     _target: Any = field(default=None, repr=False)
     _counted: float | None = field(default=None, repr=False)  # units found by the last evaluation
 
@@ -66,6 +67,12 @@ class Term:
 
     def output(self) -> Any:
         """What the model returns for this batch, with its autograd graph (None for a `batch_loss`)."""
+        output = self._output()
+        if self.watch is not None and output is not None:
+            self.watch(output)
+        return output
+
+    def _output(self) -> Any:
         recipe = self.recipe
         if recipe.batch_loss is not None:
             return None
@@ -89,6 +96,12 @@ class Term:
 
     def loss_of(self, output: Any) -> Tensor:
         """The batch's own loss, a scalar: the mean over its units, or their sum for reduction="sum"."""
+        loss = self._loss_of(output)
+        if self.watch is not None:
+            self.watch(loss)
+        return loss
+
+    def _loss_of(self, output: Any) -> Tensor:
         with _noted(self):
             if self.recipe.batch_loss is not None:
                 total, count = self.total_and_count()

@@ -8,13 +8,15 @@ from itertools import islice
 
 import torch
 
-from .batches import Batches, is_pair, one_batch
-from .nesting import Batch, as_double, count_examples, take_rows
+from .batches import Batches, is_pair, listed
+from .nesting import Batch, as_double, count_examples, count_numbers, join_batches, take_rows
 from .objective import Objective
 from .restoring import under
 from .snapshots import Snapshot
 from .surroundings import normal_tensors
 from .terms import Recipe, weigh
+
+LOADED = 8  # batches that a proof reads from a loader whose data do not fit into memory
 
 
 def on_few(objective: Objective, examples: int, *, double: bool) -> Objective:
@@ -23,8 +25,56 @@ def on_few(objective: Objective, examples: int, *, double: bool) -> Objective:
         term = next(iter(objective.terms()))
         few = replace(term, batch=take_rows(term.batch, torch.arange(min(examples, term.examples), device="cpu"))) if objective.divisible else term
         batch = few.batch if few.count_units() > 0 else term.batch
-    small = _weighed(objective, objective.snapshot, objective.recipe, one_batch(batch))
+    small = _weighed(objective, objective.snapshot, objective.recipe, listed([batch]))
     return in_double(small) if double else small
+
+
+def on_spread(objective: Objective, examples: int) -> Objective:
+    """A copy over about `examples` examples drawn from all batches, see `spread_batches`."""
+    return _weighed(objective, objective.snapshot, objective.recipe, listed(spread_batches(objective, examples)))
+
+
+def spread_batches(objective: Objective, examples: int) -> list[Batch]:
+    """About `examples` examples drawn from all batches, a random one out of every stretch of the data.
+
+    Examples of different batches are joined where their shapes fit; of other shapes, the first and the largest stay. Batches that must not
+    be cut are taken whole: the first of them, and further ones where more examples are wanted.
+    """
+    batches = objective.terms().batches
+    sizes = batches.reading.sizes if batches.kept is not None else batches.reading.sizes[:LOADED]
+    total = sum(sizes)
+    count = min(examples, total)
+    random = torch.rand(count, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+    rows = ((torch.arange(count) + random) * (total / count)).long().clamp(max=total - 1)
+    with objective.applied():
+        if not objective.divisible:
+            wanted = max(1, examples // max(batches.reading.sizes))
+            return list(islice((term.batch for term in objective.terms()), wanted))
+        parts = []
+        for first, batch in islice(batches, len(sizes)):
+            own = rows[(rows >= first) & (rows < first + count_examples(batch))] - first
+            if len(own):
+                parts.append(take_rows(batch, own))
+        return _grouped(parts)
+
+
+def _grouped(parts: list[Batch]) -> list[Batch]:
+    """Joined where shapes fit; of several groups the first and the one with the most numbers."""
+    groups: list[Batch] = []
+    for part in parts:
+        for index, group in enumerate(groups):
+            if (both := join_batches(group, part)) is not None:
+                groups[index] = both
+                break
+        else:
+            groups.append(part)
+    largest = max(groups, key=count_numbers)
+    return [groups[0]] if largest is groups[0] else [groups[0], largest]
+
+
+def on_batch(objective: Objective, batch: Batch, rows: torch.Tensor | None = None) -> Objective:
+    """A copy over one prepared batch, or over some of its examples."""
+    return _weighed(objective, objective.snapshot, objective.recipe, listed([batch if rows is None else take_rows(batch, rows)]))
 
 
 def in_pieces(objective: Objective, examples: int) -> Objective:
@@ -62,7 +112,7 @@ def pieces(objective: Objective, examples: int) -> Iterator[tuple[float, Objecti
     with objective.applied():
         parts = [(term.weight, term.batch) for term in cut.terms()]
     for weight, batch in parts:
-        yield weight, _weighed(objective, objective.snapshot, objective.recipe, one_batch(batch))
+        yield weight, _weighed(objective, objective.snapshot, objective.recipe, listed([batch]))
 
 
 def random_pieces(objective: Objective, examples: int, most: int, seed: int) -> list[tuple[float, Objective]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import AtLeastOne, Positive, Seed
+from ..curvature import certificate_of_block
 from ..layout import Layout
 from ..linalg.blocks import BlockSums, block_sums, block_top
 from ..progress import progress_bar
@@ -62,18 +63,19 @@ def layers(
     layout, known = objective.layout, subject.low_rank()
     g, theta = subject.gradient().double(), objective.theta.double()
     chosen = _blocks(layout, groups or {})
+    words = [certificate_of_block(op, members) for _, _, members in chosen]
     with progress_bar(subject.progress, "layers") as report:
         expected = num_samples * len(layout.names) + len(chosen)
         sums = block_sums(op, known, [layout[name] for name in layout.names], num_samples=num_samples, seed=seed, report=lambda done: report(done, expected, ""))
         rows = []
-        for done, (name, kind, members) in enumerate(chosen, start=1):
+        for done, ((name, kind, members), certificate) in enumerate(zip(chosen, words, strict=True), start=1):
             where = torch.cat([torch.arange(layout.size)[layout[member]] for member in members]).to(op.device)
             indices = [layout.names.index(member) for member in members]
             unknown = float(sums.left[indices][:, indices].sum().clamp(min=0).sqrt())
             top = block_top(op, known, where, unknown=unknown, tol=tol, max_products=max_products)
             report(num_samples * len(layout.names) + done, expected, name)
             rows.append(_row(name, kind, indices, sums, g[where], theta[where]) | {
-                "top_eigenvalue": top.value, "top_residual": top.residual, "top_missed": top.missed, "scale_corrected": float(theta[where] @ theta[where]) * top.value})  # fmt: skip
+                "top_eigenvalue": top.value, "top_residual": top.residual, "top_missed": top.missed, "scale_corrected": float(theta[where] @ theta[where]) * top.value, "preflight": certificate or ""})  # fmt: skip
     weights = [i for i, shape in enumerate(layout.shapes) if len(shape) > 1] or list(range(len(layout.names)))
     flow = torch.tensor([float(g[layout[layout.names[i]]].norm()) / math.sqrt(layout.sizes[i]) for i in weights], dtype=torch.float64)
     label = "gradient by depth: " + ", ".join(layout.names[i] for i in weights) if len(weights) <= 8 else "gradient by depth"

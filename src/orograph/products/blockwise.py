@@ -122,7 +122,13 @@ def _stages(chain: Chain, term: Term) -> Iterator[Stage]:
         raise RuntimeError("the model did not run its first block again")
 
     def run(index: int) -> Stage:
-        return lambda x: chain.blocks[index].forward(x, *calls[index].args, **calls[index].kwargs)
+        def stage(x: Tensor | None) -> Tensor:
+            output: Tensor = chain.blocks[index].forward(x, *calls[index].args, **calls[index].kwargs)
+            if term.watch is not None:
+                term.watch(output)
+            return output
+
+        return stage
 
     def last(x: Tensor | None) -> Tensor:
         with _forwards({block: (lambda given, *args, **kwargs: given) for block in chain.blocks[:-1]} | {chain.blocks[-1]: lambda given, *args, **kwargs: x}):

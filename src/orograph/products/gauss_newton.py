@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import NotDifferentiable
 from ..layout import in_full
+from ..nesting import as_double
 from ..objective import Objective
 from ..terms import Term
 from .sweeps import Build, Parts, TermMap, differentiable_twice, first_derivatives
@@ -73,3 +74,43 @@ def loss_hessian(term: Term, output: Tensor) -> Callable[[Tensor], Tensor]:
     if not first.requires_grad:  # a loss that is linear in the outputs has no curvature there
         return torch.zeros_like
     return lambda u: torch.autograd.grad(first, variable, u, retain_graph=True)[0]
+
+
+def loss_hessian_by_differences(term: Term, output: Tensor) -> Callable[[Tensor], Tensor]:
+    """C from fourth-order differences of the criterion's gradient in the outputs, in float64 where it runs there: for losses whose gradient autograd cannot differentiate."""
+    slope, there = criterion_slope(term, output)
+    scale = max(float(there.square().mean().sqrt()), 1e-3) * 1e-4 if there.numel() else 1.0
+
+    def bend(u: Tensor) -> Tensor:
+        size = float(u.double().square().mean().sqrt())
+        if not size:
+            return torch.zeros_like(u)
+        step = u.to(there.dtype) * (scale / size)
+        near, far = (slope(there + k * step)[1] - slope(there - k * step)[1] for k in (1, 2))
+        return ((8 * near - far) * (size / (12 * scale))).to(u.dtype)
+
+    return bend
+
+
+def criterion_slope(term: Term, output: Tensor) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Tensor]:
+    """(outputs -> the criterion's value and its gradient in them, the outputs), in float64 where the criterion runs there."""
+    criterion = term.recipe.criterion
+    assert criterion is not None  # a batch_loss has no outputs
+    precise, target = criterion.in_double(term.recipe.model), as_double(term.target)
+
+    def slope(at: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            variable = at.detach().requires_grad_()
+            own = precise.call(variable, target) if at.dtype == torch.float64 else criterion.call(variable, term.target)
+            value: Tensor = own.reshape(())
+            if not value.requires_grad:
+                return value, torch.zeros_like(at)
+            (gradient,) = torch.autograd.grad(value, variable, allow_unused=True, materialize_grads=True)
+            return value.detach(), gradient
+
+    there = output.detach().double()
+    try:
+        slope(there)
+    except (RuntimeError, TypeError, ValueError):
+        there = output.detach()
+    return slope, there

@@ -20,6 +20,7 @@ from ..errors import NotDifferentiable
 from ..evaluation import no_dependence
 from ..layout import in_full
 from ..objective import Objective
+from ..reached import Reached, Watch, parameters_in
 from ..terms import Term
 
 Parts = Sequence[Tensor | None]  # one per leaf, None for zero
@@ -41,31 +42,37 @@ class Sweep:
     keep: int = 0
     together: bool = False  # several columns in one backward, where a graph is so small that operations cost more than numbers
     kept: list[tuple[float, TermMap | None]] = field(default_factory=list)
+    watch: Watch | None = None  # is told what every term reaches, in the first sweep
     _checked: bool = False
 
     def __call__(self, V: Tensor) -> Tensor:
         total = torch.zeros(V.shape[::-1], dtype=torch.float64, device=V.device)  # a row per column of V
         with self.objective.applied():  # over the backwards too: checkpointing runs the forward again there
-            for weight, apply, held in self._maps():
-                self._add(total, V, weight, apply, held)
+            for weight, apply, held, seen in self._maps():
+                self._add(total, V, weight, apply, held, seen)
+        self.watch = None
         return total.to(V.dtype).T
 
     def apart(self, vectors: Callable[[int], Tensor], take: Callable[[Tensor], None]) -> None:
         """take(w_b A_b V_b) (n, k) for every part b, with V_b = vectors(b) of its own: together they cost one product per column."""
         with self.objective.applied():
-            for index, (weight, apply, held) in enumerate(self._maps()):
+            for index, (weight, apply, held, seen) in enumerate(self._maps()):
                 V = vectors(index)
                 total = torch.zeros(V.shape[::-1], dtype=torch.float64, device=V.device)
-                self._add(total, V, weight, apply, held)
+                self._add(total, V, weight, apply, held, seen)
                 take(total.to(V.dtype).T)
+        self.watch = None
 
-    def _add(self, total: Tensor, V: Tensor, weight: float, apply: TermMap | None, held: bool) -> None:
+    def _add(self, total: Tensor, V: Tensor, weight: float, apply: TermMap | None, held: bool, seen: Reached | None) -> None:
         if apply is None:
             return
-        if self.together and held and V.shape[1] > 1 and self._added_together(total, V, weight, apply):
+        if seen is None and self.together and held and V.shape[1] > 1 and self._added_together(total, V, weight, apply):
             return
         for column in range(V.shape[1]):
-            add_parts(self.objective, total[column], apply(V[:, column].contiguous(), held or column + 1 < V.shape[1]), weight)
+            parts = apply(V[:, column].contiguous(), held or column + 1 < V.shape[1])
+            add_parts(self.objective, total[column], parts, weight)
+            if seen is not None and self.watch is not None:
+                seen.parameters |= parameters_in(parts, self.watch.proven.parameters)
 
     def _added_together(self, total: Tensor, V: Tensor, weight: float, apply: TermMap) -> bool:
         """All columns in one backward by torch's vmap; checked on one of them, since not every operation has a right batched form."""
@@ -86,23 +93,27 @@ class Sweep:
             total += own
         return self.together
 
-    def _maps(self) -> Iterator[tuple[float, TermMap | None, bool]]:
-        """(weight, map, whether it is kept) of every term."""
+    def _maps(self) -> Iterator[tuple[float, TermMap | None, bool, Reached | None]]:
+        """(weight, map, whether it is kept, what its graph reaches where that is watched) of every term."""
         if self.kept and len(self.kept) < self.keep:  # all terms there are
-            yield from ((weight, apply, True) for weight, apply in self.kept)
+            yield from ((weight, apply, True, None) for weight, apply in self.kept)
             return
         found = list(self.kept)
         reached = False
         for index, term in enumerate(self.objective.terms()):
             if index < len(self.kept):
                 weight, apply = self.kept[index]
-                yield weight, apply, True
+                yield weight, apply, True, None
                 continue
+            seen = Reached() if self.watch is not None else None
+            term.watch = None if seen is None else seen.walk
             apply = self.build(self.objective, term)
             reached = reached or apply is not None
             if index < self.keep:
                 found.append((term.weight, apply))
-            yield term.weight, apply, index < self.keep
+            yield term.weight, apply, index < self.keep, seen
+            if seen is not None and self.watch is not None:
+                self.watch.tell(term.batch, seen)
         if not reached and not self.kept:
             raise NotDifferentiable(no_dependence(self.objective.names))
         self.kept = found
