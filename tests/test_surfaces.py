@@ -917,8 +917,8 @@ class TestExports:
             "import torch\nfrom torch import nn\nfrom orograph import Objective\n\n\ndef objective():\n    torch.manual_seed(0)\n"
             "    return Objective(nn.Linear(4, 3), nn.CrossEntropyLoss(), (torch.randn(30, 4), torch.arange(30) % 3))\n"
         )
-        for evaluations in (49, 3):
-            result = CliRunner().invoke(app, ["surface", str(task), "--out", str(tmp_path / "out"), "--set", "surface.resolution=7"])
+        for evaluations, more in ((49, []), (3, ["--again"])):
+            result = CliRunner().invoke(app, ["surface", str(task), "--out", str(tmp_path / "out"), "--set", "surface.resolution=7", *more])
             assert result.exit_code == 0, result.output
             drawn = og.load_records(tmp_path / "out" / "records")[-1]["surface"]
             assert drawn.evaluations <= evaluations and (drawn.evaluations > 0) == (evaluations > 0)

@@ -41,18 +41,25 @@ def renormalised_all(objective: Objective, points: Sequence[Point]) -> list[Poin
     if objective.examples > 1 and max(objective.terms().batches.reading.sizes) < 2:
         raise ValueError("running statistics cannot be re-estimated from batches of one example, which have no variance. Use a larger batch_size, or statistics as they are.")
     networks = [replace(objective.at(point).snapshot, mode="batch") for point in points]
-    sums: list[dict[int, list[Tensor]]] = [{} for _ in points]
-    now = sums[:1]  # of the network that runs
+    seen = _Seen([{} for _ in points])
     with objective.applied():  # which takes the hooks off again
         for norm in norms:
-            norm.register_forward_pre_hook(lambda module, inputs: _add(now[0].setdefault(id(module), []), inputs[0]))
+            norm.register_forward_pre_hook(lambda module, inputs: _add(seen.sums[seen.network].setdefault(id(module), []), inputs[0]))
         for term in objective.terms():
             for i, network in enumerate(networks):
-                now[0] = sums[i]
+                seen.network = i
                 with network.applied(), no_gradient(objective.recipe):
                     if term.examples > 1 or objective.examples == 1:  # one example has no variance
                         term.loss_of(term.output())
-    return [_with_statistics(point, network, norms, found) for point, network, found in zip(points, networks, sums, strict=True)]
+    return [_with_statistics(point, network, norms, found) for point, network, found in zip(points, networks, seen.sums, strict=True)]
+
+
+@dataclass
+class _Seen:
+    """What the hooks have added up for every network. An object: lists and dicts that a hook closes over are put back when a network leaves the model."""
+
+    sums: list[dict[int, list[Tensor]]]
+    network: int = 0  # the one that runs
 
 
 def _with_statistics(point: Point, network: Snapshot, norms: Sequence[_BatchNorm], sums: Mapping[int, Sequence[Tensor]]) -> Point:
