@@ -5,11 +5,13 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import chdir
 from functools import partial
 from itertools import product
 from pathlib import Path
 
 from tests.bad_calls import outcomes, parameters_of, public_callables
+from tests.bad_options import prepared, unclear, wrong_options
 from tests.good_calls import good_calls
 from tests.test_bad_calls import (
     DTYPES,
@@ -78,4 +80,16 @@ def plain_operators() -> list[Row]:
     ]
 
 
-SECTIONS: list[Callable[[], list[Row]]] = [wrong_arguments, plain_operators]
+def wrong_command_lines() -> list[Row]:
+    """Every option and argument of every command, with wrong values."""
+    tried = [arguments for _, _, arguments in wrong_options()]
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        prepared(Path(folder))
+        faults = [fault for arguments in tried if (fault := unclear(arguments))]
+    for fault in faults:
+        print(fault)
+    clear = len(tried) - len(faults)
+    return [("wrong options of the command line", f"clear {clear} of {len(tried)}", "all clear", not faults)]
+
+
+SECTIONS: list[Callable[[], list[Row]]] = [wrong_arguments, plain_operators, wrong_command_lines]

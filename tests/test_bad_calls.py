@@ -9,6 +9,7 @@ import orograph as og
 from orograph.linalg.operator import LinearOperator
 
 from .bad_calls import outcomes, parameters_of, public_callables, tally, wrong_values
+from .bad_options import prepared, unclear, wrong_options
 from .families import rotating
 from .good_calls import good_calls
 
@@ -92,3 +93,10 @@ def test_the_walk_knows_every_public_callable_and_every_parameter(tmp_path):
 def test_every_wrong_argument_is_refused_clearly(name, tmp_path):
     found = list(outcomes(name, tmp_path))
     assert [outcome for outcome in found if outcome.kind in ("raw", "accepted")] == [], tally(found)
+
+
+@pytest.mark.parametrize(("command", "parameter", "arguments"), rotating(list(wrong_options()), 12))
+def test_every_wrong_option_is_refused_clearly(command, parameter, arguments, tmp_path, monkeypatch):
+    prepared(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert unclear(arguments) == ""

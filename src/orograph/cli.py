@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .arguments import MOST_WHOLE
 from .demo import run_demo
 from .errors import OrographError, OrographWarning
 from .objective import Objective
@@ -49,14 +50,17 @@ LIBRARIES = (PACKAGE, *(Path(sysconfig.get_path(name)).resolve() for name in ("s
 @app.command()
 def demo(
     out: Path = typer.Option(Path("demo-report"), help="Folder for records and report."),
-    seed: int = typer.Option(0, help="Seed of initialisation and data order."),
-    threads: int = typer.Option(0, help="Threads that torch may use; 0: all."),
+    seed: int = typer.Option(0, min=0, max=MOST_WHOLE, help="Seed of initialisation and data order."),
+    threads: int = typer.Option(0, min=0, help="Threads that torch may use; 0: all."),
 ) -> None:
     """Train one small network twice on handwritten digits, measure both, and write a report (under 2 minutes)."""
     if threads:
         torch.set_num_threads(threads)
     console.print("Training the same network with small and with large batches to the same loss, then measuring both.", highlight=False)
-    result = run_demo(out, seed=seed)
+    try:
+        result = run_demo(out, seed=seed)
+    except Exception as error:
+        raise _failed(error) from error
     table = Table(title="What the landscape looks like around the two networks", show_lines=False, pad_edge=False)
     for column, style in (("quantity", "bold"), ("small batch", ""), ("large batch", ""), ("what it means", "dim")):
         table.add_column(column, style=style, no_wrap=column == "quantity")
@@ -78,7 +82,7 @@ def measure(
     out: Path = typer.Option(Path("orograph-report"), help="Folder for records and report."),
     device: str | None = typer.Option(None, help="Handed to objective(device=...)."),
     threads: int = typer.Option(0, min=0, help="Threads that torch may use; 0: all."),
-    seed: int | None = typer.Option(None, help="Seed of every probe that has one."),
+    seed: int | None = typer.Option(None, min=0, max=MOST_WHOLE, help="Seed of every probe that has one."),
     again: bool = typer.Option(False, "--again", help="Measure what the folder holds already, too."),
 ) -> None:
     """Measure a network, or several checkpoints side by side, and write a report."""
@@ -151,7 +155,7 @@ def connect(
     out: Path = typer.Option(Path("orograph-report"), help="Folder for records, report and the merged network."),
     device: str | None = typer.Option(None, help="Handed to objective(device=...)."),
     threads: int = typer.Option(0, min=0, help="Threads that torch may use; 0: all."),
-    seed: int | None = typer.Option(None, help="Seed of every draw."),
+    seed: int | None = typer.Option(None, min=0, max=MOST_WHOLE, help="Seed of every draw."),
     again: bool = typer.Option(False, "--again", help="Measure what the folder holds already, too."),
 ) -> None:
     """Say whether two checkpoints are connected, and along which path; write their merged network and a report."""
@@ -169,7 +173,7 @@ def surface(
     out: Path = typer.Option(Path("orograph-report"), help="Folder for records, report, samples, and the surface as .npz, .csv, .vtk, and (with matplotlib) .png and .svg."),
     device: str | None = typer.Option(None, help="Handed to objective(device=...)."),
     threads: int = typer.Option(0, min=0, help="Threads that torch may use; 0: all."),
-    seed: int | None = typer.Option(None, help="Seed of the directions."),
+    seed: int | None = typer.Option(None, min=0, max=MOST_WHOLE, help="Seed of the directions."),
     again: bool = typer.Option(False, "--again", help="Measure what the folder holds already, too."),
 ) -> None:
     """Draw the loss over a plane; run again, a killed job goes on from its samples."""

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from .arguments import Folder, Seed
+from .checks import checked
 from .objective import Objective
 from .progress import Progress
 from .records import Record, RecordKeeper, Records
@@ -41,9 +43,10 @@ class Demo:
     seconds: float
 
 
-def run_demo(folder: Path, *, seed: int = 0, progress: Progress = None) -> Demo:
+@checked
+def run_demo(folder: Folder, *, seed: Seed = 0, progress: Progress = None) -> Demo:
     """Train twice, measure both networks and the line between them, write records and report into `folder`."""
-    began = time.perf_counter()
+    folder, began = Path(folder), time.perf_counter()
     problem = digits()
     start = mlp(*WIDTHS, seed=seed)
     networks: dict[str, nn.Sequential] = {}
