@@ -20,7 +20,7 @@ from .evaluation import no_gradient
 from .nesting import Batch, map_tensors
 from .restoring import under
 from .snapshots import Snapshot
-from .state import Slots, containers, entries, find_slots
+from .state import Slots, containers, entries, find_slots, renew_keys
 from .surroundings import normal_tensors
 from .terms import Recipe, Term, fresh, was_written
 
@@ -102,6 +102,10 @@ def _copied(snapshot: Snapshot, recipe: Recipe, metrics: Metrics) -> tuple[Snaps
             if id(value) not in memo:
                 spare(str(key), value, memo, stale)
     own_model, own_recipe, own_metrics = deep_copy((model, recipe, metrics), memo, stale)
+    shared = {id(module) for module in model.modules()} & {id(module) for module in own_model.modules()}
+    if shared:
+        name = next(name for name, module in model.named_modules() if id(module) in shared)
+        raise CannotCopy(f"its copy shares {repr(name) if name else 'all its layers'} with it, as the class's own __deepcopy__ says")
     own_slots = find_slots(own_model)
     if _shape(own_model, own_slots) != _shape(model, slots):
         raise CannotCopy("its copy has other layers or parameters")
@@ -110,6 +114,8 @@ def _copied(snapshot: Snapshot, recipe: Recipe, metrics: Metrics) -> tuple[Snaps
             for module, attribute in places:
                 if getattr(module, attribute) is not held[name]:
                     setattr(module, attribute, held[name])
+    for holder in containers((own_model, *own_recipe.calls, *own_metrics.values())):
+        renew_keys(holder, {id(tensor): held[name] for name, tensor in present.items()})
     private = replace(snapshot, model=own_model, slots=own_slots, extras=(*own_recipe.calls, *own_metrics.values()), isolation=PRIVATE)
     return private, own_recipe, own_metrics, stale
 

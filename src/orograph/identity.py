@@ -62,7 +62,7 @@ def point_identity(point: Point) -> str:
 def loss_identity(objective: Objective) -> str:
     """A hash of how a batch becomes a loss."""
     recipe = objective.recipe
-    own = {id(tensor) for tensor in (*recipe.model.parameters(), *recipe.model.buffers())}
+    own = _tensors(recipe.model)
     parts: list[Any] = [_described(part, own) for part in (recipe.batch_loss, recipe.forward, recipe.count)]
     if (criterion := recipe.criterion) is not None:
         if criterion.function is not None:  # one of torch's: the same by whatever name it comes
@@ -76,12 +76,13 @@ def loss_identity(objective: Objective) -> str:
 
 def model_identity(model: nn.Module) -> str:
     """A hash of a network's architecture: classes and code of its modules, their settings and hooks; not of its weights."""
-    return short_hash(*(part for name, module in model.named_modules() for part in (name, _module(module))))
+    own = _tensors(model)
+    return short_hash(*(part for name, module in model.named_modules() for part in (name, _module(module, own))))
 
 
 def metrics_identity(objective: Objective) -> str:
     """A hash of an objective's metrics, which no operator depends on."""
-    return short_hash(_described(dict(objective._metrics), set()))
+    return short_hash(_described(dict(objective._metrics), _tensors(objective.recipe.model)))
 
 
 def function_identity(function: Any) -> str:
@@ -94,12 +95,17 @@ def short_hash(*parts: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _module(module: nn.Module, tensors: set[int] | None = None, depth: int = DEPTH) -> list[Any]:
-    """One module without those inside it; with the tensors that are not among `tensors`, where these are given."""
+def _tensors(model: nn.Module) -> set[int]:
+    """The ids of a model's tensors, which are no part of an identity: their values are those of a point."""
+    return {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+
+
+def _module(module: nn.Module, own: set[int], depth: int = DEPTH) -> list[Any]:
+    """One module without those inside it; with the tensors that are not among `own`."""
     settings = {name: value for name, value in vars(module).items() if name not in TORCHS_OWN and _is_plain(value)}
-    code = [_described(value, set(), depth - 1) for name, value in sorted(vars(module).items()) if isinstance(value, FunctionType | MethodType) and name not in TORCHS_OWN]
-    hooks = [_described(hook, set(), depth - 1) for name in HOOKS for hook in vars(module)[name].values()]
-    held = [] if tensors is None else [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None and id(t) not in tensors]
+    code = [_described(value, own, depth - 1) for name, value in sorted(vars(module).items()) if isinstance(value, FunctionType | MethodType) and name not in TORCHS_OWN]
+    hooks = [_described(hook, own, depth - 1) for name in HOOKS for hook in vars(module)[name].values()]
+    held = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None and id(t) not in own]
     return [_class(type(module), depth - 1), _described(settings, set(), depth - 1), code, hooks, fingerprint(held)]
 
 

@@ -92,8 +92,11 @@ class Snapshot:
         if self.model is self.users.model:
             self.users.check_modules()
         buffers = {name: tensor.clone() if scratch or name in self.volatile else tensor for name, tensor in self.point.buffers.items()}
+        tensors = {**self.leaves, **self.frozen, **buffers}
+        for name, users in self.users.slots.present().items():
+            vars(tensors[name]).update(vars(users))  # what a forward may look for on a weight
         roots = (*self.model.modules(), *self.extras)
-        replaced(roots, self.slots, {**self.leaves, **self.frozen, **buffers})(undo)
+        replaced(roots, self.slots, tensors, spare=self.model is self.users.model)(undo)
         mode_set(self.model, self.mode)(undo)
 
     def in_double(self, extras: tuple[Any, ...]) -> Snapshot:

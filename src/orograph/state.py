@@ -201,11 +201,14 @@ def _put_back_dict(holder: dict[Any, Any], before: dict[Any, Any]) -> None:
         holder.update(before)
 
 
-def replaced(roots: Iterable[Any], slots: Slots, tensors: Mapping[str, Tensor]) -> Step:
-    """Wherever `roots` hold a parameter or buffer, in lists of weights too, they hold the one of `tensors` with its canonical name. All their contents are kept."""
+def replaced(roots: Iterable[Any], slots: Slots, tensors: Mapping[str, Tensor], *, spare: bool = False) -> Step:
+    """Wherever `roots` hold a parameter or buffer, in lists of weights too, they hold the one of `tensors` with its canonical name. All their contents are kept.
+
+    `spare`: where they hold other tensors and arrays, they hold copies, so that a forward may write to them.
+    """
 
     def step(undo: list[Undo]) -> None:
-        new = {
+        new: dict[int, Any] = {
             id(getattr(module, attribute)): tensors[name]
             for table in (slots.parameters, slots.buffers)
             for name, places in table.items()
@@ -213,9 +216,12 @@ def replaced(roots: Iterable[Any], slots: Slots, tensors: Mapping[str, Tensor]) 
         }
         holders = containers(roots)
         _keep(holders, undo)
+        if spare:
+            new = _spares([value for holder in filter(None, holders) for _, value in entries(holder)]) | new
         for holder in filter(None, holders):
+            renew_keys(holder, new)
             for key, value in entries(holder):
-                if type(value) in PLAIN and not isinstance(value, Tensor):
+                if type(value) in PLAIN and not isinstance(value, Tensor | np.ndarray):
                     continue
                 other = _renewed(value, new)
                 if other is not value:
@@ -237,9 +243,42 @@ def entries(holder: Any) -> Iterator[tuple[Any, Any]]:
         yield from ((None, value) for value in _cell(holder))
 
 
-def _renewed(value: Any, new: Mapping[int, Tensor]) -> Any:
+def renew_keys(holder: Any, new: Mapping[int, Tensor]) -> None:
+    """A dict whose keys are weights, or their `id`, has those of `new` instead, in the same order."""
+    if type(holder) not in MAPPINGS or not any(isinstance(key, Tensor) or (type(key) is int and key in new) for key in holder):
+        return
+    renewed = {}
+    for key, value in holder.items():
+        weight = new.get(key if type(key) is int else id(key))
+        renewed[key if weight is None else id(weight) if type(key) is int else weight] = value
+    if any(key not in holder for key in renewed):
+        holder.clear()
+        holder.update(renewed)
+
+
+def _spares(values: Iterable[Any]) -> dict[int, Any]:
+    """Copies of every array and tensor that is no result of autograd, by id; views of the same numbers stay views of the same."""
+    found: dict[int, Any] = {}
+    storages: dict[int, Any] = {}
+    queue = list(values)
+    while queue:
+        value = queue.pop()
+        if type(value) is tuple:
+            queue.extend(value)
+        elif isinstance(value, np.ndarray):
+            found[id(value)] = value.copy()
+        elif type(value) is Tensor and not value.requires_grad and value.layout == torch.strided and not value.is_nested and value.device.type != "meta":
+            storage = value.untyped_storage()
+            if storage.data_ptr() not in storages:
+                storages[storage.data_ptr()] = storage.clone()
+            own = storages[storage.data_ptr()]
+            found[id(value)] = torch.empty(0, dtype=value.dtype, device=value.device).set_(own, value.storage_offset(), value.shape, value.stride())
+    return found
+
+
+def _renewed(value: Any, new: Mapping[int, Any]) -> Any:
     """`value`, or what stands for it; a tuple of weights becomes another tuple."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | np.ndarray):
         return new.get(id(value), value)
     if type(value) is tuple:
         parts = tuple(_renewed(part, new) for part in value)
