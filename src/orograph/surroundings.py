@@ -127,7 +127,7 @@ def defaults_set(dtype: torch.dtype, device: torch.device) -> Step:
     def step(undo: list[Undo]) -> None:
         value_set(torch.get_default_dtype, torch.set_default_dtype, dtype)(undo)
         if torch.get_default_device() != device:
-            _device.DeviceContext(device).__enter__()  # type: ignore[no-untyped-call]
+            _device.DeviceContext(device).__enter__()
 
     return step
 
