@@ -42,13 +42,11 @@ class Objective:
     Dataset, or anything re-iterable that yields batches · `forward(model, batch) -> (output, target)` for batches that are no
     pair · `params`: names or globs; default all that require grad · `mode`: "eval", or "batch": BatchNorm uses each batch's own
     statistics, and the batches are part of the definition · `count(batch)`: units of a batch, where they are not `len(target)` ·
-    `metrics`: name -> function of (output, target) giving a mean over the batch, or (total, count) · `batch_size` for tensors and
-    Datasets · `device`, `dtype`: where and in which precision to evaluate (default: as the model is).
+    `metrics`: name -> function of (output, target) giving a mean over the batch, or (total, count) · `batch_size` for tensors and Datasets · `device`, `dtype`: where and in which precision (default: as the model is).
 
-    Construction reads the data twice and evaluates one batch about six times, to prove that the loss stands still, that batches add
-    up and may be cut, and that it uses no weights but these; a criterion that is not torch's own is proven on the output of every
-    batch (one forward pass more). A batch that cannot be cut is measured whole; `indivisible` says why.
-    Raises NotDeterministic, ValueError and TypeError, each saying what to do.
+    Construction reads the data twice and evaluates one batch about six times, to prove that the loss stands still, that batches add up and may be cut,
+    and that it uses no weights but these; a criterion that is not torch's own is proven on the output of every batch (one forward pass more). A batch
+    that cannot be cut is measured whole; `indivisible` says why. Raises NotDeterministic, ValueError and TypeError, each saying what to do.
     """
 
     _snapshot: Snapshot
