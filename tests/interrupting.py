@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import signal
 import sys
 import threading
@@ -29,11 +31,14 @@ class Interrupter:
     """Counts the moments (calls, lines and returns) of some files that a function passes, and interrupts it at one of them.
 
     `at`: number of the moment, or a moment and how often it has to come
+    `forks`: numbers of moments at which a forked child is interrupted and this process goes on, so that one run serves many moments
     """
 
-    def __init__(self, files: tuple[str, ...], at: int | tuple[Moment, int] | None = None) -> None:
-        self.files, self.at, self.count, self.seen = files, at, 0, dict[Moment, int]()
+    def __init__(self, files: tuple[str, ...], at: int | tuple[Moment, int] | None = None, forks: frozenset[int] = frozenset()) -> None:
+        self.files, self.at, self.forks, self.count, self.seen = files, at, forks, 0, dict[Moment, int]()
         self.struck: Moment | None = None
+        self.is_child = False
+        self.failed: list[Moment] = []
 
     def __call__(self, function: Callable[[], Any]) -> Any:
         before = sys.gettrace()
@@ -59,7 +64,14 @@ class Interrupter:
         moment = frame.f_code.co_filename, frame.f_lineno, event
         self.count += 1
         self.seen[moment] = self.seen.get(moment, 0) + 1
-        if self.at in (self.count, (moment, self.seen[moment])):
+        if self.count in self.forks:
+            state = random.getstate()
+            self.is_child = not (child := os.fork())
+            if self.is_child:
+                random.setstate(state)  # which Python seeds anew in every child
+            elif os.waitpid(child, 0)[1]:
+                self.failed.append(moment)
+        if self.is_child or self.at in (self.count, (moment, self.seen[moment])):
             self.struck = moment
             raise KeyboardInterrupt
 
