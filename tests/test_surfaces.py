@@ -103,6 +103,18 @@ class TestPlanes:
         narrow = plane_through([og.Point(theta=row) for row in thin])
         assert float(narrow.v.norm()) == pytest.approx(1.4e-3 * 10)  # no axis is stretched by more than a thousand
 
+    def test_coordinates_are_those_of_least_squares_and_the_same_to_the_bit_in_every_call(self):
+        origin, u, v, place = (flat(seed, 5000) for seed in range(4))
+        for second in (v, u + 0.01 * v):
+            plane, kept, found = og.Plane(origin, u, second), [], set()
+            for size in range(1, 2000, 10):  # memory at other addresses
+                kept.append(bytearray(size))
+                found.add(plane.coordinates(place))
+            ((s, t, off),) = found
+            expected = torch.linalg.lstsq(torch.stack([u, second], dim=1), (place - origin)[:, None]).solution[:, 0]
+            assert (s, t) == pytest.approx(expected.tolist(), rel=1e-9) and off == pytest.approx(float((place - origin - s * u - t * second).norm()))
+        assert og.Plane(origin, u, 2 * u).coordinates(origin + 3 * u)[:2] == pytest.approx((3.0, 0.0))
+
     def test_principal_plane_is_that_of_a_singular_value_decomposition(self):
         rows = torch.stack([flat(seed, 30) * torch.linspace(3, 0.1, 30, **DOUBLE) for seed in range(6)])
         plane, shares = principal_plane([og.Point(theta=row) for row in rows])

@@ -41,12 +41,19 @@ class Plane:
         return self.origin + step.to(self.origin)
 
     def coordinates(self, place: Place) -> tuple[float, float, float]:
-        """(s, t, distance from the plane) of a place: the nearest point of the plane, also where u and v are not orthogonal."""
+        """(s, t, distance from the plane) of a place: the nearest point of the plane, also where u and v are not orthogonal.
+
+        The same to the last bit in every call, since samples are found again by their place; LAPACK's least squares depend on where in memory their arguments lie.
+        """
         refuse_places("coordinates", origin=theta_of(self.origin), place=theta_of(place))
-        step = (theta_of(place) - theta_of(self.origin)).double()
-        basis = torch.stack([self.u, self.v], dim=1).double()
-        found = torch.linalg.lstsq(basis, step[:, None]).solution[:, 0]
-        return float(found[0]) + 0.0, float(found[1]) + 0.0, float((step - basis @ found).norm())
+        step, u, v = (theta_of(place) - theta_of(self.origin)).double(), self.u.double(), self.v.double()
+        uu = max(float((u * u).sum()), 1e-300)
+        skew = float((u * v).sum()) / uu
+        across = v - skew * u
+        width = float((across * across).sum())
+        t = float((step * across).sum()) / width if width > 1e-24 * float((v * v).sum()) else 0.0  # parallel axes make a line
+        s = float((step * u).sum()) / uu - skew * t
+        return s + 0.0, t + 0.0, float((step - s * u - t * v).norm())
 
     @property
     def cosine(self) -> float:

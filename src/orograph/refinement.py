@@ -12,7 +12,7 @@ from torch import Tensor
 from .chebyshev import Interpolant
 from .grids import FIRST, Place, Sampled, Scale, Square, score
 
-SAFETY = 2.2  # see `_estimate`
+SAFETY, COARSE = 2.2, 3.3  # see `_estimate`; of the coarsest grids
 BLIND = 8.0  # a coarser grid counts as at most so much worse than the checks
 SURE = 2  # points of the picture that are evaluated rather than one more node, which only may help
 EPSILON = torch.finfo(torch.float64).eps
@@ -145,12 +145,12 @@ def _spread_out(sampled: Sampled, square: Square, missing: Sequence[Place]) -> l
 
 
 def _estimate(fine: Interpolant, checks: Tensor, scale: Scale) -> Tensor:
-    r"""(2,) $2.2 \sqrt{c h}$ of the largest error c on fresh points, a few, and the largest h of the grid of half as many intervals on this one's points, which are many.
+    r"""(2,) $2.2 \sqrt{c h}$ (for 5 x 5 points, where h is told by 3 x 3, $3.3 \sqrt{c h}$) of the largest error c on fresh points, a few, and the largest h of the grid of half as many intervals on this one's points, which are many.
 
     Neither alone tells the largest error: c sees too little of the square, h is another grid's (and counts as at least c, and at most 8 c). One of the checks lies where the loss is lowest, and logarithms are told worst. On 96 planes
     of six networks, random, along eigenvectors of four lengths, along the gradient and through three points, the finished estimate of values and logarithms held at every point of the picture; the evidence looks at others.
     """
-    found = SAFETY * (checks * torch.minimum(torch.maximum(_missed(fine, 2, scale), checks), BLIND * checks)).sqrt()
+    found = (SAFETY if len(fine.s) > FIRST + 1 else COARSE) * (checks * torch.minimum(torch.maximum(_missed(fine, 2, scale), checks), BLIND * checks)).sqrt()
     found = found + 8 * EPSILON * float(fine.values.abs().max()) / scale.spread  # of the values themselves
     if scale.logarithmic is not None and not scale.floor:
         s, t = (torch.linspace(float(x[0]), float(x[-1]), 4 * len(x) + 1, dtype=torch.float64) for x in (fine.s, fine.t))

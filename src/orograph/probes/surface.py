@@ -56,7 +56,7 @@ def _says(results: Results) -> str:
     error, left = rows["error of the picture, share of its range"], rows["points of the picture left out"]
     own = f"; {error:.1%} of that range is the picture's own error" if math.isfinite(error) else ""
     left_out = f" {left:,} of its {s.z.numel():,} points are left out." if left else ""
-    short = "" if rows["error asked for was reached"] else " Evaluations ran out before the error asked for was reached: raise max_evaluations, or ask for less (tol)."
+    short = "" if rows["error asked for was reached"] else " Evaluations ran out before the error asked for was reached: raise max_evaluations and resolution, or ask for less (tol)."
     doubtful = [str(row["name"]) for row in points.rows if row["doubtful"]]
     doubt = f" Do not trust it at {', '.join(doubtful)}, whose own loss is another one or which lies outside." if doubtful else ""
     if len(points.rows) > 1:

@@ -22,7 +22,7 @@ def _says(results: Results) -> str:
     rows = {row["quantity"]: row["value"] for row in faithful.rows}
     doubtful = [row for row in table.rows if row["doubtful"]]
     trust = f"do not trust the picture at {len(doubtful)} of {len(table.rows)} points, where the plane misleads or is not known" if doubtful else "at every point the plane tells the loss about right"
-    short = "" if rows["error asked for was reached"] else " Evaluations of the surface ran out before the error asked for was reached: raise max_evaluations, or ask for less (tol)."
+    short = "" if rows["error asked for was reached"] else " Evaluations of the surface ran out before the error asked for was reached: raise max_evaluations and resolution, or ask for less (tol)."
     return f"The plane holds {rows['explained variance']:.0%} of the variance of {len(table.rows)} points: {trust}.{short}"
 
 
