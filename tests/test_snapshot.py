@@ -1,7 +1,9 @@
 """An Objective is a snapshot, and leaves no trace in the user's model, optimiser, graphs, generators or flags."""
 
 import copy
+import gc
 import random
+import re
 
 import numpy as np
 import pytest
@@ -278,3 +280,46 @@ def test_callers_under_inference_mode_and_autocast():
         rounded = eigenpairs(hessian(single))
         spectral_density(hessian(single))
     assert rounded.status == "converged" and float(rounded.values[0]) == pytest.approx(float(outside.values[0]), rel=1e-4)
+
+
+def test_scripted_modules_are_refused():
+    with pytest.raises(TypeError, match="Pass the module that it was made from"):
+        Objective(torch.jit.script(small_mlp()), nn.CrossEntropyLoss(), (X, Y))
+
+
+class TestWhereThereIsNoCopy:
+    """Models that copy themselves wrongly or not at all are measured in place, with the same numbers, and left as they were."""
+
+    class Refusing(nn.Sequential):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("not this one")
+
+    class Wrong(nn.Sequential):
+        def __deepcopy__(self, memo):
+            other = nn.Sequential(*copy.deepcopy(list(self), memo))
+            other.__class__ = type(self)
+            other.double_it = True
+            return other
+
+        def forward(self, x):
+            return super().forward(x) * (2 if hasattr(self, "double_it") else 1)
+
+    @pytest.mark.parametrize(("kind", "reason"), [(Refusing, "it cannot be copied"), (Wrong, "its copy gives another loss|has other layers")])
+    def test_measured_in_place(self, kind, reason):
+        model, plain = kind(*small_mlp()), small_mlp()
+        before = state_of(model)
+        objective = Objective(model, nn.CrossEntropyLoss(), (X, Y))
+        assert objective.isolation.startswith("the model itself") and re.search(reason, objective.isolation)
+        reference = Objective(plain, nn.CrossEntropyLoss(), (X, Y))
+        assert reference.isolation == "a private copy of the model"
+        assert objective.at(objective.theta * 2).value() == reference.at(reference.theta * 2).value()
+        assert torch.equal(hessian(objective).dense(), hessian(reference).dense())
+        assert state_of(model) == before
+
+
+def test_weights_are_held_once_beside_the_users_and_theta():
+    model = nn.Linear(300, 300)
+    objective = Objective(model, nn.MSELoss(), (torch.randn(4, 300), torch.randn(4, 300)))
+    held = {t.untyped_storage().data_ptr() for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and t.device.type == "cpu" and t.shape in ((300, 300), (90_300,))}
+    own = {t.untyped_storage().data_ptr() for t in (model.weight, objective.snapshot.point.theta, objective.leaves[0])}
+    assert held == own

@@ -72,7 +72,7 @@ def example_groups(objective: Objective, seed: int = 0) -> list[list[Batch]]:
         count = count_examples(batch)
         if objective.divisible and count > 1:
             size = max(1, min(each, count // GROUPS if count >= GROUPS else 1))
-            order = torch.randperm(count, generator=generator)
+            order = torch.randperm(count, generator=generator, device="cpu")
             for number, group in enumerate(groups):
                 rows = order[number * size : (number + 1) * size]
                 if len(rows):

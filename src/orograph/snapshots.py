@@ -132,6 +132,8 @@ def take_snapshot(model: nn.Module, params: str | Sequence[str] | None, mode: Mo
 
 def check_model(model: nn.Module, dtype: torch.dtype | None) -> None:
     """TypeError for what is no network or no precision."""
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TypeError(f"model is, or holds, a {type(model).__name__} of torch.jit, whose weights cannot be exchanged. Pass the module that it was made from.")
     if isinstance(model, _Loss):
         raise TypeError(f"model is a {type(model).__name__}, which is a loss. The network comes first: Objective(model, criterion, data).")
     if dtype is not None and not dtype.is_floating_point:
