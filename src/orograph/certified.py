@@ -27,6 +27,7 @@ from .products.difference import Difference
 from .products.gauss_newton import OutputCurvature
 from .products.sweeps import Sweep
 from .reached import Reached, Watch
+from .suspects import batches_reached, reached_by
 from .variants import on_batch, on_spread
 
 REACHING = 64  # examples to which a batch with something new is cut down for its proof
@@ -50,7 +51,8 @@ class Certified:
     settled: Callable[[Certified], None] | None = None  # is told when the engine has changed
     _matmat: Matmat | None = None
     _watch: Watch | None = None
-    _apart_watched: bool = False
+    _has_looked: bool = False
+    _is_zero: bool = False  # every product of the proof was zero
 
     def begin(self) -> None:
         """Prove the products, changing the engine where "auto" allows it."""
@@ -63,7 +65,7 @@ class Certified:
         return partial(matmat_of, replace(self.plan, keep=0, examples=None, join=None), self.kind)
 
     def _most(self) -> int:
-        return MOST if self.plan.build is None else self.plan.proof
+        return MOST if self.plan.build is None else min(self.plan.proof, MOST)
 
     def _prove(self, prove: Callable[[], Verdict]) -> Verdict:
         """The verdict; once more after a change to differences, which is only made for engine="auto"."""
@@ -87,9 +89,10 @@ class Certified:
     def _install(self, verdict: Verdict) -> None:
         """Make the products of the plan, watched where they are proven."""
         self._matmat = matmat_of(self.plan, self.kind, self.objective)
-        self._watch = None
-        if isinstance(self._matmat, Sweep) and verdict.proven:
-            self._watch = self._matmat.watch = Watch(verdict.reached)
+        self._watch, self._has_looked = Watch(verdict.reached) if verdict.proven or verdict.zero else None, False
+        self._is_zero = verdict.zero
+        if isinstance(self._matmat, Sweep):
+            self._matmat.watch = self._watch
         if self.plan.note:
             warnings.warn(f"products are computed {self.plan.note}", OrographWarning, stacklevel=5)
         for key in ("engine", "graphs_kept", "joined", "micro_batch", "note"):
@@ -106,6 +109,8 @@ class Certified:
 
     def __call__(self, V: Tensor) -> Tensor:
         assert self._matmat is not None  # `begin` has run
+        if not isinstance(self._matmat, Sweep):
+            self._look()
         product = self._matmat(V)
         while self._watch is not None and self._watch.beyond:
             before = self._matmat
@@ -116,15 +121,15 @@ class Certified:
         return product
 
     def apart(self, vectors: Callable[[int], Tensor], take: Callable[[Tensor], None]) -> None:
-        """As `LinearOperator.apart`; what the parts reach beyond the proof is proven too, and refuses the whole where it is wrong."""
+        """As `LinearOperator.apart`; where there was no product before, or one of joined batches, all batches are looked at first."""
+        if self.plan.join is not None or (isinstance(self._matmat, Sweep) and self._matmat.watch is not None):
+            self._look()
         assert self._matmat is not None  # `begin` has run
         parts = apart_of(self.plan, self._matmat, self.objective)
         if parts is None:
             take(self(vectors(0)))
-            return
-        parts(vectors, take)
-        if self._watch is not None and self._watch.beyond:
-            self._prove_beyond(self._watch)
+        else:
+            parts(vectors, take)
 
     @property
     def has_parts(self) -> bool:
@@ -133,8 +138,19 @@ class Certified:
 
     # -- what the proof has not reached ---------------------------------------------------------------------------------------
 
+    def _look(self) -> None:
+        """Let a gradient of all batches tell what they reach, once, where the products are not watched themselves."""
+        if self._watch is None or self._has_looked:
+            return
+        watch, self._has_looked = self._watch, True
+        for batch, reached in batches_reached(self.objective):
+            watch.tell(batch, reached)
+        self._prove_beyond(watch)
+
     def _prove_beyond(self, watch: Watch) -> None:
         """Prove the batches with something new, one after another; a change of engine begins anew."""
+        if self._is_zero:  # where products are not zero
+            watch.beyond.sort(key=lambda found: len(found[1].parameters), reverse=True)
         while watch.beyond:
             batch, reached = watch.beyond.pop(0)
             new = watch.proven.lacks(reached)
@@ -152,6 +168,8 @@ class Certified:
             if verdict.proven:
                 watch.proven.add(reached)
                 self.noise = max(self.noise, verdict.noise)
+                if self._is_zero:
+                    self._is_zero, self.about["preflight"] = False, "proven"
             else:
                 self.about["preflight"] = f"unverified: a batch reaches {new}, which the proof has not reached ({verdict.words.removeprefix('unverified: ')})"
                 watch.proven.add(reached)
@@ -203,18 +221,3 @@ class Certified:
             if count >= min(self._most(), MOST):
                 return Verdict(f"unverified: the block is zero on the {few.examples} examples that were tried")
             count = min(4 * count, self._most(), MOST)
-
-
-def reached_by(objective: Objective) -> Reached:
-    """What value and gradient reach."""
-    found = Reached()
-    with objective.applied():
-        for term in objective.terms():
-            seen = Reached()
-            term.watch = seen.walk
-            loss = term.loss_of(term.output())
-            parts = torch.autograd.grad(loss, objective.leaves, allow_unused=True) if loss.requires_grad else []
-            seen.forget_nodes()
-            seen.parameters = {i for i, part in enumerate(parts) if part is not None and bool(part.any())}
-            found.add(seen)
-    return found

@@ -42,8 +42,8 @@ def hessian(objective: Objective, *, engine: Engine = "auto", check: bool = True
     them anew at every product (1 + 2k for k columns), "blockwise" holds one block of a chain at a time (about 5), "difference" takes
     finite differences of gradients (2, in float64 where possible; on piecewise-linear networks that is the smoothed Hessian). "auto"
     measures two examples and takes the first that fits; it goes to "difference", with a warning, where autograd has no second
-    derivative or a wrong one · `check`: prove product and gradient against finite differences, in float64 on a few examples (about a
-    gradient in all); a proven error raises PreflightFailed, and what cannot be proven is said in `op.about["preflight"]` · `memory`:
+    derivative or a wrong one · `check`: prove product and gradient against finite differences, in float64 on a few examples of all batches,
+    and on a batch that reaches further when a product first meets it; a proven error raises PreflightFailed, and what cannot be proven is said in `op.about["preflight"]` · `memory`:
     bytes, or a text such as "4GiB", for graphs and bases of vectors together; default half of what is free; recorded in `op.about`,
     never passed. Raises NotDifferentiable, OutOfBudget. Pearlmutter 1994.
     """
@@ -56,7 +56,7 @@ def ggn(objective: Objective, *, engine: Engine = "auto", check: bool = True, me
 
     Positive semi-definite for convex losses. What the loss adds that does not go through the outputs (a penalty on the weights) is
     not in it. Arguments as for `hessian` (no "blockwise"; retained, a
-    product costs 4/3 gradients); `check` proves the Jacobian against differences of the outputs. Schraudolph 2002; Martens 2020, arXiv:1412.1193.
+    product costs 4/3 gradients); `check` proves the Jacobian against differences of the outputs, and the loss's second derivative in the outputs (taken by differences where it is wrong). Schraudolph 2002; Martens 2020, arXiv:1412.1193.
     """
     _needs_output(objective, "ggn", engine)
     criterion = objective.recipe.criterion

@@ -24,7 +24,7 @@ from .objective import Objective
 from .products.gauss_newton import OutputCurvature, sandwich_of
 from .products.sweeps import Sweep
 from .reached import Reached, Watch
-from .suspects import suspects
+from .suspects import reached_by, suspects
 from .variants import in_double, in_pieces, on_spread
 from .weighting import HINT
 
@@ -42,6 +42,7 @@ class Verdict:
     words: str
     noise: float = 0.0
     reached: Reached = field(default_factory=Reached)
+    zero: bool = False  # every product was zero, on some of the data
 
     @property
     def proven(self) -> bool:
@@ -65,13 +66,13 @@ def preflight(objective: Objective, matmat_of: Callable[[Objective], Matmat], cu
             return verdict
         if few.examples >= objective.examples:
             return Verdict("proven")  # zero on all of the data
-    return Verdict(f"unverified: all products are zero on the {min(count, objective.examples)} examples that were tried, which proves nothing of the others")
+    return Verdict(f"unverified: all products are zero on the {min(count, objective.examples)} examples that were tried, which proves nothing of the others", zero=True)
 
 
 def few_enough(objective: Objective) -> int:
     """Examples that a proof takes: 16, and for large models so few that all of it costs about one gradient of the whole set."""
     small_model = objective.size * EXAMPLES <= 2**20
-    return EXAMPLES if small_model else min(max(objective.examples // 20, 1), EXAMPLES)
+    return EXAMPLES if small_model else min(max(objective.examples // 10, 2), EXAMPLES)
 
 
 def _counts(objective: Objective, most: int) -> Iterator[int]:
@@ -177,6 +178,8 @@ class _Proof:
         matmat = self.matmat_of(objective)
         if isinstance(matmat, Sweep):
             matmat.watch = Watch(Reached(parameters=set(range(len(objective.names)))), into=self.reached)
+        else:
+            self.reached.add(reached_by(objective))
         return matmat(self.direction.to(objective.dtype)[:, None])[:, 0].double()
 
     def _noise(self, exact: Tensor) -> float:

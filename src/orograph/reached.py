@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from .layout import in_full
 from .nesting import Batch, tensors_in
 
 Kind = type | str  # the class of a custom Function's node, the name of any other node
@@ -90,5 +91,5 @@ def parameters_in(parts: Any, known: set[int]) -> set[int]:
     return {
         index
         for index, part in enumerate(parts)
-        if part is not None and index not in known and bool(part.any())
+        if part is not None and index not in known and bool(in_full(part).any())
     }

@@ -1,10 +1,38 @@
-"""What is known to make derivatives wrong without an error, found in the autograd graph of a loss."""
+"""The autograd graph of a loss: what it reaches, and what in it is known to make derivatives wrong without an error."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
+from .layout import in_full
+from .nesting import Batch
 from .objective import Objective
+from .reached import Reached
+
+
+def reached_by(objective: Objective) -> Reached:
+    """What value and gradient reach."""
+    found = Reached()
+    for _, reached in batches_reached(objective):
+        found.add(reached)
+    return found
+
+
+def batches_reached(objective: Objective) -> Iterator[tuple[Batch, Reached]]:
+    """Every micro-batch with what its value and gradient reach. One gradient."""
+    found = []
+    with objective.applied():
+        for term in objective.terms():
+            seen = Reached()
+            term.watch = seen.walk
+            loss = term.loss_of(term.output())
+            parts = torch.autograd.grad(loss, objective.leaves, allow_unused=True) if loss.requires_grad else []
+            seen.forget_nodes()
+            seen.parameters = {i for i, part in enumerate(parts) if part is not None and bool(in_full(part).any())}
+            found.append((term.batch, seen))
+    yield from found
 
 
 def suspects(objective: Objective) -> str:

@@ -32,8 +32,14 @@ def _says(results: Results) -> str:
     sharpest = max(rows, key=lambda row: float(row["top_eigenvalue"]))
     return (
         f"Most curvature is in {most['name']}{share}; the sharpest block is {sharpest['name']} with a largest eigenvalue of {sharpest['top_eigenvalue']:.3g}. "
-        f"{_flow_sentence(flow)}"
+        f"{_flow_sentence(flow)}{_unproven(table)}"
     )
+
+
+def _unproven(table: Table) -> str:
+    """Blocks of which nothing is proven on their own scale."""
+    names = [str(row["name"]) for row in table.rows if str(row.get("preflight", "")).startswith("unverified")]
+    return f" Not proven against differences on their own scale: {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}." if names else ""
 
 
 def _flow_sentence(flow: Curve) -> str:
@@ -55,7 +61,7 @@ def layers(
     degrees of freedom), `frobenius_sem` (rough: from the same samples): standard errors · `top_eigenvalue`: a Rayleigh quotient, never above the true value, with
     `top_residual`, and `top_missed`, the chance that a larger one went unseen · `scale_corrected`:
     $\|w\|^2 \lambda_{max}$, which does not change with the length of a weight that a normalisation makes irrelevant · `coupling`:
-    $\|H_{ij}\|_F$ between parameters · `gradient_flow`: root mean square of the gradient by depth.
+    $\|H_{ij}\|_F$ between parameters · `preflight`: what is proven of the block on its own scale · `gradient_flow`: root mean square of the gradient by depth.
     The Hessian's outliers come from `spectrum`; what they leave takes `num_samples` products per parameter (and blocks of one entry none to spare), and a
     largest eigenvalue one to `max_products` per block, until its residual is below `tol` of it and no larger one is likely: one or two where the outliers are clear.
     """
