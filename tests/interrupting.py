@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch._dynamo  # else a first use would import it, and give it a stance, in the middle
 import torch.utils.checkpoint
 from torch.nn.utils import parametrize
 from torch.utils import _device, _python_dispatch
@@ -99,5 +100,5 @@ def process_state(model: torch.nn.Module) -> dict[str, Any]:
         "kernels": (torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.cudnn_sdp_enabled(), torch.utils.checkpoint.CheckpointFunction),
         "caches": (parametrize._cache_enabled, id(parametrize._cache)),
         "signals": signal.getsignal(signal.SIGINT),
-        "stance": torch._dynamo.eval_frame._stance if "torch._dynamo" in sys.modules else None,
+        "stance": torch._dynamo.eval_frame._stance,
     }

@@ -27,7 +27,7 @@ class Mixed(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.rnn, self.attention = nn.LSTM(4, 4, batch_first=True), nn.MultiheadAttention(4, 2, batch_first=True)
-            self.norm, self.last = nn.BatchNorm1d(4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
+            self.norm, self.last = nn.BatchNorm1d(4), nn.utils.parametrizations.spectral_norm(nn.Linear(4, 2))
         self.seen, self.calls = [], 0
 
     def forward(self, x):
