@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-full lint types bench docs evidence-1 evidence-2 evidence-3 evidence-4 evidence-5 browser relock clean
+.PHONY: demo test test-full lint types bench docs evidence-1 evidence-2 evidence-3 evidence-4 evidence-5 evidence-6 browser relock clean
 
 demo: $(READY)
 	$(BIN)/orograph demo
@@ -45,6 +45,9 @@ evidence-4: $(READY)
 
 evidence-5: $(READY)
 	$(BIN)/python -m evidence.surfaces
+
+evidence-6: $(READY)
+	OROGRAPH_FAMILIES=all $(BIN)/python -m evidence.true_again
 
 browser: $(READY)
 	@sh tools/install-browser.sh
