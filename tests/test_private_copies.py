@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import types
 from typing import Any
 
@@ -116,3 +117,37 @@ def test_uncommon_models_are_measured_rightly_and_left_as_they_were(kind):
     gradient = torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, parameters, create_graph=True)])
     expected = torch.cat([part.reshape(-1) for part in torch.autograd.grad(gradient @ vector, parameters)])
     assert torch.allclose(product, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "numpy, old", "python"])
+def test_random_generators_that_a_model_holds_are_where_they_were(kind):
+    generator = {
+        "torch": lambda: torch.Generator().manual_seed(1),
+        "numpy": lambda: np.random.default_rng(1),
+        "numpy, old": lambda: np.random.RandomState(1),
+        "python": lambda: random.Random(1),
+    }[kind]()
+    state = {
+        "torch": lambda: generator.get_state().tolist(),
+        "numpy": lambda: str(generator.bit_generator.state),
+        "numpy, old": lambda: str(generator.get_state()),
+        "python": lambda: generator.getstate(),
+    }[kind]
+
+    class Drawing(Net):
+        def prepare(self):
+            self.generator = generator
+
+        def forward(self, x):
+            if kind == "torch":
+                torch.rand((), generator=self.generator)
+            elif kind == "numpy, old":
+                self.generator.random_sample()
+            else:
+                self.generator.random()
+            return super().forward(x)
+
+    net = Drawing()
+    before = state()
+    Objective(net, CE, (torch.randn(6, 4), torch.randint(0, 3, (6,)))).value()
+    assert state() == before

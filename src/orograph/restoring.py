@@ -7,11 +7,14 @@ absolute values, so it may run early, twice, or again after an interrupt.
 from __future__ import annotations
 
 import functools
+import random
 import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
+import torch
 from torch import nn
 
 Undo = Callable[[], object]
@@ -142,6 +145,19 @@ def forward_set(module: nn.Module, function: Callable[..., Any], undo: list[Undo
 
     undo.append(put_back)
     module.__dict__["forward"] = function
+
+
+def random_state_kept(value: object) -> Undo | None:
+    """Puts back the state that a random generator has now; None for anything else."""
+    if isinstance(value, torch.Generator):
+        return functools.partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return functools.partial(value.setstate, value.getstate())
+    if isinstance(value, np.random.Generator):
+        return functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return functools.partial(value.set_state, value.get_state())
+    return None
 
 
 def under(*steps: Step) -> Callable[[Callable[P, T]], Callable[P, T]]:

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .restoring import Step, Undo
+from .restoring import Step, Undo, random_state_kept
 
 Mode = Literal["eval", "batch"]
 Places = dict[str, list[tuple[nn.Module, str]]]  # canonical name -> every (module, attribute) that holds the tensor
@@ -156,6 +156,7 @@ def contents_kept(*roots: Any) -> Step:
 
 def _keep(holders: list[Any], undo: list[Undo]) -> None:
     before = [(holder, _contents(holder)) for holder in holders if holder]
+    streams = [undone for holder, _ in before for _, value in entries(holder) if (undone := random_state_kept(value))]
     empty = [holder for holder in holders if not holder]
 
     def put_back() -> None:
@@ -163,6 +164,8 @@ def _keep(holders: list[Any], undo: list[Undo]) -> None:
             _put_back(holder, contents)
         for holder in filter(None, empty):
             holder.clear()
+        for restore in streams:
+            restore()
 
     undo.append(put_back)
 
