@@ -88,3 +88,16 @@ def test_a_name_tells_the_range_of_its_kind(name):
 @pytest.mark.filterwarnings("ignore::orograph.OrographWarning")
 def test_every_number_and_its_interval_stay_within_what_is_possible(case):
     stays_within_its_range(*case)
+
+
+def test_a_value_far_outside_a_range_is_shown_as_it_is():
+    from orograph.ranges import bound, corrected
+    from orograph.scalars import cell_interval
+
+    assert corrected(1 + 1e-12, ("share",)) == 1.0 and corrected(-2.8e-17, ("norm",)) == 0.0
+    assert corrected(1e4, ("lambda_max", "chance of a larger one")) == 1e4
+    assert corrected(1.02, ("share",), error=0.03) == 1.0 and corrected(1.02, ("share",)) == 1.02
+    assert bound(-0.1, 0.2, ("share",)) == 0.0 and bound(-0.1, 5.0, ("share",)) == -0.1
+    row = {"definition": "lambda_max", "kind": "chance of a larger one", "value": 1e4, "error": 1.0}
+    lower, upper = cell_interval(row, "value")
+    assert lower < 1e4 < upper

@@ -7,6 +7,7 @@ import re
 
 SIGNED = "drop from|accuracy drop|increase|coefficient|log|trace|quadratic"  # any sign, whatever else they are called
 SHARES = "accuracy|share of|share|negative mass|negative eigenvalues|chance|missed|explained variance"
+ROUNDING = 1e-9  # by which a sum may leave its range
 NOT_NEGATIVE = (
     "norm|length|distance|sigma at drop|radius|rate|ratio|window|frobenius|barrier|minimax|rank|effective dimension|residual"
 )
@@ -21,7 +22,18 @@ def range_of(*names: str) -> tuple[float, float]:
     return -math.inf, math.inf
 
 
-def within(value: float, names: tuple[str, ...]) -> float:
-    """`value`, or the end of its range that it has passed; nan stays."""
+def corrected(value: float, names: tuple[str, ...], error: float = 0.0) -> float:
+    """`value`, or the end of its range that it has passed by no more than rounding and its own error.
+
+    A value farther outside is no such quantity, whatever its name says, and stays.
+    """
     low, high = range_of(*names)
-    return value if math.isnan(value) else min(max(value, low), high)
+    nearest = min(max(value, low), high)
+    allowed = max(ROUNDING, error if math.isfinite(error) else 0.0)
+    return nearest if abs(value - nearest) <= allowed else value
+
+
+def bound(end: float, value: float, names: tuple[str, ...]) -> float:
+    """An end of the interval around `value`, within the range of the quantity if the value is."""
+    low, high = range_of(*names)
+    return min(max(end, low), high) if low <= value <= high and not math.isnan(end) else end

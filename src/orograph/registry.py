@@ -22,7 +22,7 @@ from .durable import fingerprint
 from .identity import function_identity, identity_of, metrics_identity, point_identity, short_hash
 from .objective import Objective
 from .progress import Progress
-from .ranges import range_of, within
+from .ranges import bound, corrected
 from .records import Record, Records
 from .results import Density, Eigenpairs, Estimate, Point, Result, Spectrum, Surface, Table, worst_status
 from .subject import Shared, Subject
@@ -218,14 +218,21 @@ def _possible(name: str, result: Result) -> Result:
         return replace(result, rows=[_possible_row(row) for row in result.rows])
     if not isinstance(result, Estimate) or isinstance(result.value, Tensor):
         return result
-    low, high = range_of(name)
-    return replace(result, value=within(result.value, (name,)), least=max(result.least, low), most=min(result.most, high))
+    value = corrected(result.value, (name,), float(result.sem))
+    least, most = (bound(end, value, (name,)) for end in (result.least, result.most))
+    return replace(result, value=value, least=least, most=most)
 
 
 def _possible_row(row: dict[str, Any]) -> dict[str, Any]:
     """A row of a table whose numbers are within what their columns, or its texts, say that they are."""
     texts = tuple(value for value in row.values() if isinstance(value, str))
-    return {key: within(value, (*texts, key) if key == "value" else (key,)) if isinstance(value, float) else value for key, value in row.items()}
+    error = row.get("error")
+    own = error if isinstance(error, float) else 0.0
+    possible = dict(row)
+    for key, value in row.items():
+        if isinstance(value, float):
+            possible[key] = corrected(value, (*texts, key), own) if key == "value" else corrected(value, (key,))
+    return possible
 
 
 def _label(networks: list[Point]) -> str:

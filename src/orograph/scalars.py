@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .ranges import within
+from .ranges import bound
 from .results import Curve, Density, Eigenpairs, Estimate, Point, Result, Spectrum, Status, Surface, Table
 
 MOST_ENTRIES = 100  # a longer tensor is read as its norm, smallest and largest entry
@@ -75,7 +75,7 @@ def _of_spectrum(spectrum: Spectrum) -> Iterator[Scalar]:
 def _of_curve(curve: Curve) -> Iterator[Scalar]:
     errors = [math.nan] * len(curve.y) if curve.error is None else curve.error.tolist()
     for x, y, error in zip(curve.x.tolist(), curve.y.tolist(), errors, strict=True):
-        lower, upper = (within(y + side * REACH * error, (curve.ylabel,)) for side in (-1, 1))
+        lower, upper = (bound(y + side * REACH * error, y, (curve.ylabel,)) for side in (-1, 1))
         yield Scalar(f"y[x={x:.6g}]", y, lower, upper, unit=curve.unit)
 
 
@@ -119,7 +119,8 @@ def cell_interval(row: dict[str, Any], column: str) -> tuple[float, float]:
     if not is_number(error) or error is None:
         return math.nan, math.nan
     names = (column, *(value for value in row.values() if isinstance(value, str))) if column == "value" else (column,)
-    return within(row[column] - REACH * error, names), within(row[column] + REACH * error, names)
+    value = float(row[column])
+    return bound(value - REACH * error, value, names), bound(value + REACH * error, value, names)
 
 
 def format_number(value: float, lower: float = math.nan, upper: float = math.nan) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from ..arguments import AtLeastOne, AtLeastTwo, Positive, Seed
+from ..arguments import AtLeastOne, AtLeastTwo, NotNegative, Positive, Seed
 from ..progress import progress_bar
 from ..registry import Results, probe
 from ..results import Result, Table
@@ -33,7 +33,7 @@ def sharpness(
     definitions: str | Sequence[str] | None = None,
     radius: Positive = PUBLISHED.radius,
     adaptive_radius: Positive = PUBLISHED.adaptive_radius,
-    adaptive_offset: Positive = PUBLISHED.adaptive_offset,
+    adaptive_offset: NotNegative = PUBLISHED.adaptive_offset,
     micro_batch: AtLeastOne = PUBLISHED.micro_batch,
     most_batches: AtLeastOne = PUBLISHED.most_batches,
     gradients: AtLeastOne = PUBLISHED.gradients,
