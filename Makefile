@@ -9,10 +9,10 @@ demo: $(READY)
 	$(BIN)/orograph demo
 
 test: $(READY) browser
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow"
 
 test-full: $(READY) browser
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 lint: $(READY)
 	$(BIN)/ruff check .

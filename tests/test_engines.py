@@ -14,6 +14,7 @@ from orograph.products.choice import ALL
 from orograph.studies.networks import GPT, cnn, mlp
 from orograph.studies.problems import digits
 
+from .families import rotating
 from .networks import TokenModel, loss_cases, small_mlp
 from .oracles import dense_hessian, relative
 
@@ -113,7 +114,7 @@ def networks():
     yield "GPT", Objective(GPT(width=48, layers=2, heads=4, length=32, vocabulary=64, seed=0).eval(), CE, (torch.randint(0, 64, (20, 32)), torch.randint(0, 64, (20, 32))), batch_size=7)
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5, 0.2, 0.1])
+@pytest.mark.parametrize("share", rotating([1.0, 0.5, 0.2, 0.1], 2))
 def test_no_job_passes_its_budget_and_a_tenth_of_the_peak_suffices(share):
     for name, objective in networks():
         free = peak_of(lambda o=objective: eigenpairs(hessian(o), seed=1))
