@@ -150,7 +150,9 @@ def _write_forever(folder):
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_killed_in_the_middle_of_writing_nothing_is_left_over(tmp_path):
     left = 0
-    for moment in torch.rand(12, generator=torch.Generator().manual_seed(0)).tolist():
+    for attempt, moment in enumerate(torch.rand(200, generator=torch.Generator().manual_seed(0)).tolist()):
+        if attempt >= 12 and left:
+            break
         with running(_write_forever, tmp_path):
             time.sleep(0.1 * moment)
         left += sum(name.endswith(".partial") for name in names(tmp_path))
@@ -240,7 +242,7 @@ def test_an_interrupt_after_a_basis_was_overwritten_saves_no_mixture(tmp_path):
 
 def test_files_that_no_checkpoint_can_stand_at_are_refused_before_the_work(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"checkpoint=.*file/c.* is no folder"):
+    with pytest.raises(ValueError, match=r"checkpoint=.*file.* is no folder"):
         jobs.run("trace by auto", {}, tmp_path / "file" / "c")
     with pytest.raises(ValueError, match=r"checkpoint=.*(a folder|a path of a file)"):
         jobs.run("trace by auto", {}, tmp_path)

@@ -83,5 +83,5 @@ def test_interval_of_a_tensor_is_elementwise():
 
 
 def test_interval_refuses_what_is_no_probability():
-    with pytest.raises(ValueError, match="probability between 0 and 1"):
+    with pytest.raises(ValueError, match="number between 0 and 1"):
         Estimate(value=1.0).interval(95)
