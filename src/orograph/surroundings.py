@@ -15,7 +15,7 @@ import torch
 from torch.nn.utils import parametrize
 from torch.utils import _device, _python_dispatch
 
-from .restoring import Step, Undo, restoring, value_set
+from .restoring import LOCK, Step, Undo, restoring, value_set
 
 MODE_FLAGS = [name for name in vars(_python_dispatch) if name.startswith("_is_in_")]  # torch's notes on the stack of dispatch modes
 TELL_GUARDS = getattr(_python_dispatch, "set_is_in_mode_without_ignore_compile_internals", None)  # newer versions note one of them twice
@@ -75,12 +75,14 @@ def mode_stacks_kept(undo: list[Undo]) -> None:
     device = _device.CURRENT_DEVICE
 
     def put_back() -> None:
+        left_over = torch._C._len_torch_dispatch_stack() > dispatch
         while torch._C._len_torch_dispatch_stack() > dispatch:
             torch._C._pop_torch_dispatch_stack(None)
-        for name, value in flags.items():
-            setattr(_python_dispatch, name, value)
-        if TELL_GUARDS is not None:
-            TELL_GUARDS(flags["_is_in_any_mode_without_ignore_compile_internals"])
+        if left_over or LOCK._is_owned():  # type: ignore[attr-defined]  # else another thread may have been in a mode when they were read: they are the process's
+            for name, value in flags.items():
+                setattr(_python_dispatch, name, value)
+            if TELL_GUARDS is not None:
+                TELL_GUARDS(flags["_is_in_any_mode_without_ignore_compile_internals"])
         if torch.overrides._get_current_function_mode_stack() != functions:
             while torch._C._len_torch_function_stack():
                 torch._C._pop_torch_function_stack()
