@@ -101,3 +101,11 @@ def test_a_value_far_outside_a_range_is_shown_as_it_is():
     row = {"definition": "lambda_max", "kind": "chance of a larger one", "value": 1e4, "error": 1.0}
     lower, upper = cell_interval(row, "value")
     assert lower < 1e4 < upper
+
+
+def test_a_remark_beside_a_value_does_not_name_it():
+    from orograph.ranges import names_of, range_of
+
+    row = {"definition": "lambda_max", "kind": "from below, chance of a larger one 0", "layer": "norm.weight"}
+    assert range_of(*names_of(row, "value")) == (float("-inf"), float("inf"))
+    assert range_of(*names_of({"quantity": "share of steps"}, "value")) == (0.0, 1.0)

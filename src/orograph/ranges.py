@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 
 SIGNED = "drop from|accuracy drop|increase|coefficient|log|trace|quadratic"  # any sign, whatever else they are called
 SHARES = "accuracy|share of|share|negative mass|negative eigenvalues|chance|missed|explained variance"
@@ -11,6 +12,15 @@ ROUNDING = 1e-9  # by which a sum may leave its range
 NOT_NEGATIVE = (
     "norm|length|distance|sigma at drop|radius|rate|ratio|window|frobenius|barrier|minimax|rank|effective dimension|residual"
 )
+
+
+NAMING = ("quantity", "definition", "measure", "bound")  # columns of a table that say what a value is
+
+
+def names_of(row: Mapping[str, object], column: str) -> tuple[str, ...]:
+    """What a cell of a table is called: by its column, and a `value` by the columns that name it."""
+    named = (row.get(key) for key in NAMING) if column == "value" else ()
+    return (column, *(text for text in named if isinstance(text, str)))
 
 
 def range_of(*names: str) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from .durable import fingerprint
 from .identity import function_identity, identity_of, metrics_identity, point_identity, short_hash
 from .objective import Objective
 from .progress import Progress
-from .ranges import bound, corrected
+from .ranges import bound, corrected, names_of
 from .records import Record, Records
 from .results import Density, Eigenpairs, Estimate, Point, Result, Spectrum, Surface, Table, worst_status
 from .subject import Shared, Subject
@@ -224,14 +224,13 @@ def _possible(name: str, result: Result) -> Result:
 
 
 def _possible_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a table whose numbers are within what their columns, or its texts, say that they are."""
-    texts = tuple(value for value in row.values() if isinstance(value, str))
+    """A row of a table whose numbers are within what their columns, or the names beside them, say that they are."""
     error = row.get("error")
     own = error if isinstance(error, float) else 0.0
     possible = dict(row)
     for key, value in row.items():
         if isinstance(value, float):
-            possible[key] = corrected(value, (*texts, key), own) if key == "value" else corrected(value, (key,))
+            possible[key] = corrected(value, names_of(row, key), own if key == "value" else 0.0)
     return possible
 
 

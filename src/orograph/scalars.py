@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .ranges import bound
+from .ranges import bound, names_of
 from .results import Curve, Density, Eigenpairs, Estimate, Point, Result, Spectrum, Status, Surface, Table
 
 MOST_ENTRIES = 100  # a longer tensor is read as its norm, smallest and largest entry
@@ -118,7 +118,7 @@ def cell_interval(row: dict[str, Any], column: str) -> tuple[float, float]:
     error = row.get("error") if column == "value" else row.get(f"{column}_sem")
     if not is_number(error) or error is None:
         return math.nan, math.nan
-    names = (column, *(value for value in row.values() if isinstance(value, str))) if column == "value" else (column,)
+    names = names_of(row, column)
     value = float(row[column])
     return bound(value - REACH * error, value, names), bound(value + REACH * error, value, names)
 
